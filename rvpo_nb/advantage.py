@@ -32,7 +32,7 @@ def centre(
     mean = x.sum(dim, keepdim=True) / on.sum(dim, keepdim=True).clamp(min=1)
     return torch.where(on, x - mean, 0)
 
-
+# %% ../nbs/01_advantage.ipynb #d6226e09
 def deviation(
     c: torch.Tensor,  # centred values
     on: torch.Tensor,  # bool, same shape: entries that count
@@ -41,9 +41,9 @@ def deviation(
 ) -> torch.Tensor:  # `dim` kept with size 1
     "Measure the standard deviation of centred values."
     n = on.sum(dim, keepdim=True) - int(sample)
-    return torch.linalg.vector_norm(c, dim=dim, keepdim=True) / n.clamp(min=1).sqrt()
+    return torch.linalg.vector_norm(c, dim=dim, keepdim=True) / n.clamp(min=1).double().sqrt()
 
-
+# %% ../nbs/01_advantage.ipynb #c98d7d3f
 def normalise(
     c: torch.Tensor,  # centred values
     on: torch.Tensor,  # bool, same shape: entries that count
@@ -111,7 +111,7 @@ def weighted(
     "Average over the live rewards of each rollout; the papers' form is the sum, so that the weights keep their total."
     return (s.w * x).sum(-1) * (s.total if s.published else 1)
 
-
+# %% ../nbs/01_advantage.ipynb #ae9dcf12
 def ac(s: Scores, k: float) -> torch.Tensor:
     "Average the z-scores and leave it there (AC, advantage combination, in the DVAO paper)."
     return weighted(s.z, s)
@@ -127,7 +127,7 @@ def centre_groups(
     flat = c.abs().amax(-1, keepdim=True) <= s.rounding * size.amax(-1, keepdim=True)
     return torch.where(flat, 0, c)
 
-
+# %% ../nbs/01_advantage.ipynb #4a5694e2
 def whiten(
     a: torch.Tensor,  # (..., prompts, group): aggregated z-scores
     s: Scores,
@@ -138,42 +138,39 @@ def whiten(
     else: c = centre_groups(a, weighted(s.size / torch.where(s.std > 0, s.std, 1), s), s)
     return normalise(c, s.counts, batch, s.published)
 
-# %% ../nbs/01_advantage.ipynb #4a5694e2
+# %% ../nbs/01_advantage.ipynb #b3064b49
 def gdpo(s: Scores, k: float) -> torch.Tensor:
     "Average the z-scores, then whiten over the batch (GDPO)."
     return whiten(weighted(s.z, s), s)
 
-
+# %% ../nbs/01_advantage.ipynb #9d018af6
 def rvpo(s: Scores, k: float) -> torch.Tensor:
     "Take the SoftMin of the z-scores, then whiten over the batch (RVPO)."
     return whiten(softmin(s.z, k, weights=s.w), s)
 
-
+# %% ../nbs/01_advantage.ipynb #e024f83f
 def rvpo_explicit(s: Scores, k: float) -> torch.Tensor:
     "Take mean - k/2 variance over a rollout's rewards, then whiten (RVPO, explicit form, beta = k/2)."
     return whiten(softmin_series(s.z, k, 2, weights=s.w), s)
 
-
+# %% ../nbs/01_advantage.ipynb #fcdd0df8
 def hardmin(s: Scores, k: float) -> torch.Tensor:
     "Take the worst z-score, then whiten over the batch (RVPO at k = inf)."
     return whiten(torch.where(s.live, s.z, torch.inf).amin(-1), s)
 
-# %% ../nbs/01_advantage.ipynb #11ead151
+# %% ../nbs/01_advantage.ipynb #844ba459
 def grpo(s: Scores, k: float) -> torch.Tensor:
     "Average the raw rewards, then standardise the average in its group (GRPO; RC, reward combination, in DVAO)."
     c = centre_groups(weighted(s.r, s), weighted(s.size, s), s)
     return normalise(c, s.counts, -1, s.published)
 
-
+# %% ../nbs/01_advantage.ipynb #11ead151
 def dvao(s: Scores, k: float) -> torch.Tensor:
     "Weight the z-scores by their rewards' spread (DVAO). Population std in the published form too, as in its paper."
     std = weighted(s.std, s)
     return weighted(s.c, s) / (std + 1e-4 if s.published else torch.where(std > 0, std, 1))
 
-# %% ../nbs/01_advantage.ipynb #6cc0fae8
-METHODS = dict(grpo=grpo, ac=ac, gdpo=gdpo, rvpo=rvpo, rvpo_explicit=rvpo_explicit, hardmin=hardmin, dvao=dvao)
-
-# %% ../nbs/01_advantage.ipynb #abae65bb
+# %% ../nbs/01_advantage.ipynb #79666ef0
 def check_rewards(
     rewards,  # tensor, array or nested lists
 ) -> torch.Tensor:  # float
@@ -188,7 +185,7 @@ def check_rewards(
         raise InputError(f'reward {j} of prompt {p}, rollout {g} is {rewards[huge][0].item()}: rewards must be finite; use NaN where one does not apply')
     return rewards
 
-
+# %% ../nbs/01_advantage.ipynb #4f7b880a
 def check_weights(
     weights,  # one number per reward
     m: int,  # number of rewards
@@ -197,9 +194,12 @@ def check_weights(
     weights = [float(w) for w in weights]
     if len(weights) != m: raise InputError(f'{len(weights)} weights for {m} rewards')
     for j, w in enumerate(weights):
-        if not 0 <= w < float('inf'): raise InputError(f'weight {j} is {w}; weights are finite and non-negative: to punish a reward, flip its sign')
+        if not 0 <= w <= 1e100: raise InputError(f'weight {j} is {w}; weights are finite and non-negative: to punish a reward, flip its sign')
     if not any(weights): raise InputError('all weights are 0: nothing would be learned')
     return weights
+
+# %% ../nbs/01_advantage.ipynb #6cc0fae8
+METHODS = dict(grpo=grpo, ac=ac, gdpo=gdpo, rvpo=rvpo, rvpo_explicit=rvpo_explicit, hardmin=hardmin, dvao=dvao)
 
 # %% ../nbs/01_advantage.ipynb #89f04c58
 def advantages(

@@ -20,7 +20,9 @@ class Rollouts(NamedTuple):
     completion_mask: torch.Tensor  # (N, completion tokens): 1 up to and including the end token
     logps: torch.Tensor  # (N, completion tokens): log-probs under the policy that sampled, 0 where padded
 
-    def __getitem__(self, rows): return Rollouts(*(x[rows] for x in tuple(self))) if isinstance(rows, torch.Tensor) else tuple(self)[rows]
+    def rows(self, index, length):
+        "Select rows, and the first `length` tokens of their completions."
+        return Rollouts(self.prompt_ids[index], self.prompt_mask[index], *(x[index, :length] for x in self[2:]))
 
 # %% ../nbs/06_rollout.ipynb #3ad64a90
 def pick(

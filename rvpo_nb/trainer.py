@@ -293,8 +293,9 @@ class GRPOTrainer:
         "Take one optimizer step on a batch of rollouts; return what the log wants to know."
         a, tokens, sums = self.args, r.completion_mask.sum().item(), dict(loss=0.0, entropy=0.0, clip_ratio=0.0, kl=0.0)
         self.model.train()
-        for part in torch.arange(len(advantage)).split(a.per_device_train_batch_size):
-            x = r[part]
+        lengths = r.completion_mask.sum(-1)
+        for part in lengths.argsort(stable=True).split(a.per_device_train_batch_size):  # rows of like length share a pass: little padding
+            x = r.rows(part, lengths[part].max())
             logps, entropy = completion_logps(self.model, x, a.temperature)
             with torch.no_grad(): ref = completion_logps(self.ref_model, x, a.temperature)[0] if self.ref_model else None
             loss, stats = policy_loss(logps, x.logps, advantage[part].to(logps), x.completion_mask, epsilon=a.epsilon, epsilon_high=a.epsilon_high,

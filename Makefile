@@ -1,0 +1,41 @@
+# Each target sets up what it needs: a virtual environment in .venv, then the package. PIP_CONSTRAINT is honoured by pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lab docs notebooks readme clean
+
+demo: $(BIN)/.installed  ## train the shipped policy with GDPO and RVPO, leave rvpo-demo/
+	$(BIN)/rvpo demo
+
+test: $(BIN)/.installed-dev  ## run all tests
+	$(BIN)/python -m pytest tests
+
+lab: $(BIN)/.installed-dev  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+docs: $(BIN)/.installed-dev  ## build the site into _docs
+	@command -v quarto >/dev/null || { echo 'Quarto is not installed. Get it with "$(BIN)/pip install quarto-cli" or from https://quarto.org/docs/get-started/, then run make docs again.'; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs
+
+notebooks: $(BIN)/.installed-dev  ## export the library, run every notebook, store its outputs
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/execute.py
+	$(MAKE) readme
+
+readme: $(BIN)/.installed-dev  ## write README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py
+
+clean:
+	rm -rf $(VENV) _docs _proc
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed: $(BIN)/python settings.ini setup.py
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/python settings.ini setup.py
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@ $(BIN)/.installed
