@@ -92,11 +92,10 @@ def scores(
     given = [1.0] * x.shape[-1] if weights is None else [float(w) for w in weights]
     w = torch.tensor(given, dtype=torch.float64, device=x.device)
     kept = ~x.isnan() & (w > 0)
-    n = kept.sum(-2, keepdim=True)
     high = torch.where(kept, x, -torch.inf).amax(-2, keepdim=True)
     low = torch.where(kept, x, torch.inf).amin(-2, keepdim=True)
-    size = torch.where(n > 0, torch.maximum(high, -low), 0)
-    dead = (n < 2) | (high - low <= 64 * eps * size)
+    size = torch.where(kept.any(-2, keepdim=True), torch.maximum(high, -low), 0)
+    dead = high - low <= 64 * eps * size  # so is a reward that one rollout has, or none
     live = kept if published else kept & ~dead
     w = torch.where(live, w, 0)
     w = w / torch.where(live.any(-1, keepdim=True), w.sum(-1, keepdim=True), 1)

@@ -33,6 +33,8 @@ class Train(GRPOConfig):
     output_dir: Annotated[str, tyro.conf.arg(aliases=['--output'])] = 'trainer_output'  # gets the model, log.jsonl, completions, checkpoints
     resume: bool = False  # go on from the newest checkpoint in the output folder
 
+    def __post_init__(self): pass  # run() makes the GRPOConfig, which checks itself there
+
     def run(self):
         args = GRPOConfig(**{f.name: getattr(self, f.name) for f in fields(GRPOConfig)})
         rewards = [load_reward(spec.strip()) for spec in self.rewards.split(',')]

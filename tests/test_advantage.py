@@ -288,11 +288,18 @@ def test_padding_changes_nothing(rewards, method):
 @pytest.mark.parametrize('method', METHODS)
 def test_a_constant_sum(method):
     "r and 1 - r cancel up to rounding, which must not be blown up."
-    r = torch.rand(4000, 2, generator=torch.Generator().manual_seed(4))
+    r = 0.02 * torch.rand(4000, 4, generator=torch.Generator().manual_seed(4)) ** 3
     pair = torch.stack([r, 1 - r], -1)
+    assert (pair.double().sum(-1) != 1).any()
     a = advantages(pair, method, k=2)
     if method in ('grpo', 'gdpo'): assert (a == 0).all()
     if method in ('ac', 'dvao'): assert a.abs().max() < 0.05
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_coarse_dtype_is_not_taken_for_rounding(method):
+    r = torch.tensor([[0, 1], [0.5, 0.5], [0.5, 0.4375], [1, 0]])[None]
+    torch.testing.assert_close(advantages(r.bfloat16(), method), advantages(r, method).bfloat16())
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])

@@ -1,0 +1,126 @@
+"""`rvpo` as a user meets it: a model folder made elsewhere, own data, own reward functions, and every kind of bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from rvpo_nb.cli import main
+
+RVPO = Path(sys.executable).parent / 'rvpo'
+REWARDS = '''
+def vowels(completions, **columns): return [sum(c in 'aeiou' for c in s) / max(1, len(s)) for s in completions]
+def wanted(completions, letter, **columns): return [float(l in s) if l else None for s, l in zip(completions, letter)]
+def short(completions, **columns): return [0.5] * (len(completions) - 1)
+def broken(completions, **columns): raise KeyError('no such column')
+def endless(completions, **columns): return [float('inf')] * len(completions)
+def late(completions, trainer_state, **columns): return [float('inf') if trainer_state.global_step == 2 else 1.0] * len(completions)
+'''
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A user's folder: a tiny Llama with a character tokenizer and no pad token, data, a module of rewards."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    home = tmp_path_factory.mktemp('home')
+    vocab = {t: i for i, t in enumerate(['<eos>', '<unk>', *map(chr, range(32, 127))])}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split('', 'isolated'), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<eos>', unk_token='<unk>').save_pretrained(home / 'model')
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=1, max_position_embeddings=64, bos_token_id=None, eos_token_id=0)).save_pretrained(home / 'model')
+    rows = [dict(prompt=f'Write {w}: ', letter=w if w != 'x' else None) for w in 'abcdex']
+    (home / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (home / 'noprompt.jsonl').write_text('{"question": "Why?"}\n')
+    (home / 'broken.jsonl').write_text('{"prompt": "Why?"\n[1, 2\n')
+    (home / 'my_rewards.py').write_text(REWARDS)
+    return home
+
+
+def command(**changes):
+    flags = dict(model='model', data='data.jsonl', rewards='my_rewards:vowels,my_rewards:wanted', aggregation='rvpo', k='0.5', k_end='2', output='out',
+                 max_steps='4', num_generations='4', max_completion_length='8', learning_rate='1e-3', save_steps='2', seed='1') | changes
+    return ['train', *(x for f, v in flags.items() for x in (f"--{f.replace('_', '-')}", v))]
+
+
+def test_train_on_a_users_own_files_and_resume(home):
+    done = subprocess.run([RVPO, *command()], cwd=home, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'out' in done.stdout and 'vowels' in done.stderr, 'results go to stdout, the progress bar with each reward to stderr'
+    log = [json.loads(line) for line in (home / 'out' / 'log.jsonl').read_text().splitlines()]
+    assert [x['step'] for x in log] == [1, 2, 3, 4] and [x['k'] for x in log] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert {'reward/vowels/mean', 'reward/wanted/std', 'time/sample', 'completions/mean_length'} <= set(log[0])
+    assert log[0]['reward/vowels/pass_rate'] is None, 'without bounds or threshold nobody knows what a pass is'
+    assert sorted(p.name for p in (home / 'out').glob('checkpoint-*')) == ['checkpoint-2', 'checkpoint-4']
+    table = pd.concat(map(pd.read_parquet, sorted((home / 'out' / 'completions').glob('*.parquet'))))
+    assert list(table.columns) == ['step', 'group', 'prompt', 'completion', 'vowels', 'wanted', 'advantage'] and len(table) == 32
+    from transformers import AutoModelForCausalLM
+    trained, first = (AutoModelForCausalLM.from_pretrained(home / d) for d in ('out', 'model'))
+    assert any(not torch.equal(p, q) for p, q in zip(trained.parameters(), first.parameters()))
+    again = subprocess.run([RVPO, *command()], cwd=home, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2 and 'already holds a run' in again.stderr
+    resumed = subprocess.run([RVPO, *command(), '--resume'], cwd=home, capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(model='nowhere'), ["model 'nowhere'"]),
+    (dict(data='nowhere.jsonl'), ["'nowhere.jsonl' does not exist"]),
+    (dict(data='noprompt.jsonl'), ['no column "prompt"', 'question']),
+    (dict(data='broken.jsonl'), ["cannot read data 'broken.jsonl'"]),
+    (dict(rewards='my_rewards:broken'), ["'broken'", 'KeyError', 'no such column']),
+    (dict(rewards='my_rewards:short'), ["'short'", '1 values for 2']),
+    (dict(rewards='my_rewards:endless'), ["'endless'", 'row 0', 'infinite']),
+    (dict(rewards='my_rewards:absent'), ["no function 'absent'"]),
+    (dict(rewards='no_module:f'), ["'no_module'"]),
+    (dict(rewards='vowels'), ['module:function']),
+    (dict(aggregation='rpvo'), ["'rpvo'", 'rvpo, ']),
+    (dict(k='-1'), ['-1.0']),
+    (dict(num_generations='1'), ['num_generations']),
+    (dict(max_completion_length='64'), ['row 0', 'tokens']),
+    (dict(reward_weights='-1'), ['1 weights for 2 rewards']),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(home, monkeypatch, capsys, changes, words):
+    monkeypatch.chdir(home)
+    assert main(command(output=f'bad-{len(words)}', **changes)) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith('rvpo: ') and all(w in err for w in words), err
+    assert not (home / f'bad-{len(words)}' / 'log.jsonl').exists(), 'no step was taken'
+
+
+def test_a_reward_that_turns_bad_later_stops_the_run(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    assert main(command(output='late', rewards='my_rewards:late')) == 2
+    assert "'late'" in capsys.readouterr().err and len((home / 'late' / 'log.jsonl').read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize('argv', [['train'], ['train', '--k', 'much'], ['nonsense'], []])
+def test_a_command_line_that_cannot_be_read(argv):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code == 2
+
+
+def test_demo_leaves_what_it_says(tmp_path):
+    done = subprocess.run([RVPO, 'demo', '--steps', '3', '--seeds', '2', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / 'out'
+    assert {'rewards.png', 'table.csv', 'answers.md', 'log.parquet', 'gdpo-seed0', 'gdpo-seed1', 'rvpo-seed0', 'rvpo-seed1'} <= {p.name for p in out.iterdir()}
+    table = pd.read_csv(out / 'table.csv', index_col='method')
+    assert list(table.index) == ['gdpo', 'rvpo'] and {'length', 'notice', 'all_passed', 'worst', 'mean'} <= set(table.columns)
+    logs = pd.read_parquet(out / 'log.parquet')
+    assert len(logs) == 2 * 2 * 3 and table.loc['gdpo', 'length'] == pytest.approx(logs[logs.method == 'gdpo']['reward/length/mean'].mean(), abs=0.006)
+    assert (out / 'answers.md').read_text().count('- gdpo') == 3
+    before = (out / 'log.parquet').read_bytes()
+    again = subprocess.run([RVPO, 'demo', '--steps', '3', '--seeds', '2', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0 and (out / 'log.parquet').read_bytes() == before, 'a finished demo is read, not run again'
+
+
+def test_importing_the_advantages_costs_torch_alone():
+    code = 'import sys, rvpo_nb.advantage; print([m for m in ("transformers", "datasets", "matplotlib", "sympy") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ)).stdout.strip() == '[]'

@@ -1,0 +1,118 @@
+"""The trainer's promises that no chapter shows: missing rewards, chats, gradients, kills at any step."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rvpo_nb.loss import completion_logps
+from rvpo_nb.reward import call_rewards
+from rvpo_nb.softmin import InputError
+from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
+from rvpo_nb.trainer import GRPOConfig, GRPOTrainer, load_model, read_log
+
+SETTINGS = dict(num_generations=4, per_device_train_batch_size=8, max_completion_length=16, learning_rate=1e-3, max_steps=2, disable_tqdm=True)
+
+
+def sometimes(completions, trainer_state=None, **columns): return [1.0 if i % 3 == 0 else None for i in range(len(completions))]
+def never(completions, **columns): return [None] * len(completions)
+def words(completions, **columns): return [len(c.split()) for c in completions]
+
+
+def new(tmp_path, rewards, rows=None, **changes):
+    return GRPOTrainer(RUBRIC_POLICY, rewards, GRPOConfig(output_dir=str(tmp_path / 'out'), **SETTINGS | changes), train_dataset=rows or rubric_prompts(8))
+
+
+def test_missing_rewards_are_logged_as_missing_and_break_nothing(tmp_path):
+    log = new(tmp_path, [words, sometimes, never]).train().log_history
+    assert all(math.isfinite(x['loss']) and x['grad_norm'] > 0 for x in log)
+    line = read_log(tmp_path / 'out' / 'log.jsonl')[0]
+    assert line['reward/sometimes/mean'] == 1.0 and line['reward/never/mean'] is None and line['reward/words/mean'] > 1
+
+
+def test_no_applicable_reward_leaves_the_weights_alone(tmp_path):
+    trainer = new(tmp_path, [never])
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters()))
+
+
+def test_gradient_accumulation_equals_the_large_batch(tmp_path):
+    weights = []
+    for name, size in (('whole', 16), ('parts', 4)):
+        t = new(tmp_path / name, [words, rubric_rewards()[-1]], per_device_train_batch_size=size, gradient_accumulation_steps=16 // size)
+        t.train()
+        weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 1e-5
+
+
+def test_a_reward_is_learned(tmp_path):
+    log = new(tmp_path, [words], max_steps=30, num_generations=8, per_device_train_batch_size=64).train().log_history
+    first, last = (sum(x['reward/words/mean'] for x in part) / 5 for part in (log[:5], log[-5:]))
+    assert last > first + 1
+
+
+def test_the_log_prob_of_a_sample_is_that_of_the_model(tmp_path):
+    t = new(tmp_path, [words])
+    r = t.sample([0, 1, 2], 0, 4, 16)
+    with torch.no_grad(): logps, _ = completion_logps(t.model, r)
+    assert ((logps - r.logps).abs() * r.completion_mask).max() < 1e-4
+
+
+def test_chat_prompts_arrive_as_chats(tmp_path):
+    seen = []
+    def spy(prompts, completions, **columns):
+        seen.append((prompts[0], completions[0]))
+        return [1.0] * len(prompts)
+    model, tokenizer = load_model(RUBRIC_POLICY)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    rows = [dict(prompt=[dict(role='user', content='A cold. Advise on: rest soup')])]
+    GRPOTrainer(model, [spy], GRPOConfig(output_dir=str(tmp_path), **SETTINGS | dict(max_steps=1)), train_dataset=rows, processing_class=tokenizer).train()
+    prompt, completion = seen[-1]
+    assert prompt == rows[0]['prompt'] and completion[0]['role'] == 'assistant' and isinstance(completion[0]['content'], str)
+
+
+def test_rows_that_cannot_work_are_named(tmp_path):
+    for row, words_ in ((dict(prompt=''), 'row 1'), (dict(prompt=3), 'row 1'), (dict(prompt='soup ' * 200), 'row 1: the prompt has 200 tokens')):
+        with pytest.raises(InputError, match=words_): new(tmp_path, [words], rows=[dict(prompt='A cold.'), row])
+    with pytest.raises(InputError, match="two rewards are called 'words'"): new(tmp_path, [words, words])
+    with pytest.raises(InputError, match='weight'): new(tmp_path, [words], reward_weights=[-1.0])
+
+
+def test_async_and_plain_rewards_share_a_table():
+    async def slow(completions, **columns): return [2.0] * len(completions)
+    assert call_rewards([slow, words], ['p'], ['a b c']).tolist() == [[2.0, 3.0]]
+
+
+RUN = '''
+import sys
+sys.path.insert(0, {tests!r})
+from test_trainer import *
+from pathlib import Path
+torch.set_num_threads(1)
+new(Path(sys.argv[1]), [rubric_rewards()[0], rubric_rewards()[-1]], max_steps=12, save_steps=2, lr_scheduler_type='linear', k_end=4.0).train(resume_from_checkpoint=True)
+'''
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_log(tmp_path):
+    from pathlib import Path
+    script = tmp_path / 'run.py'
+    script.write_text(RUN.format(tests=str(Path(__file__).parent)))
+    start = lambda name: subprocess.Popen([sys.executable, script, tmp_path / name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / 'killed' / 'out' / 'log.jsonl'
+    for lines in (1, 5, 8):
+        p = start('killed')
+        while not (log.exists() and len(log.read_text().splitlines()) >= lines) and p.poll() is None: time.sleep(0.002)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+    for name in ('killed', 'whole'):
+        p = start(name)
+        assert p.wait(timeout=200) == 0, p.stderr.read()
+    outs = [tmp_path / name / 'out' for name in ('killed', 'whole')]
+    assert outs[0].joinpath('model.safetensors').read_bytes() == outs[1].joinpath('model.safetensors').read_bytes()
+    logs = [[{k: v for k, v in x.items() if not k.startswith('time/')} for x in read_log(out / 'log.jsonl')] for out in outs]
+    assert json.dumps(logs[0]) == json.dumps(logs[1]) and len(logs[0]) == 12
