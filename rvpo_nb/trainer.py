@@ -194,6 +194,7 @@ class GRPOTrainer:
         reward_funcs,  # a function f(prompts, completions, **columns) -> list of numbers or None, or a list of such
         args: GRPOConfig | None = None,
         train_dataset=None,  # rows with a column `prompt`: a datasets.Dataset, or a list of dicts
+        *,
         processing_class=None,  # a tokenizer; default: the model's own
         callbacks=None,  # transformers TrainerCallbacks; on_train_begin, on_step_end, on_log, on_save, on_train_end are called
     ):
