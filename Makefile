@@ -14,9 +14,10 @@ test: $(BIN)/.installed-dev  ## run all tests
 lab: $(BIN)/.installed-dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
+docs: export PATH := $(abspath $(BIN)):$(PATH)
 docs: $(BIN)/.installed-dev  ## build the site into _docs
 	@command -v quarto >/dev/null || { echo 'Quarto is not installed. Get it with "$(BIN)/pip install quarto-cli" or from https://quarto.org/docs/get-started/, then run make docs again.'; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs
+	nbdev_docs
 
 notebooks: $(BIN)/.installed-dev  ## export the library, run every notebook, store its outputs
 	$(BIN)/nbdev_export

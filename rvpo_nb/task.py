@@ -105,11 +105,12 @@ def imperfect_answer(
     points: list[str],
     rng: np.random.Generator,
     notice: str = NOTICE,
+    notice_rate: float = 0.5,  # probability that the notice is given
 ) -> str:
-    "Answer as the first policy should: each point skipped (.10), named (.45) or explained (.45); the notice half of the time."
+    "Answer as the first policy should: each point skipped (.10), named (.45) or explained (.45), and sometimes the notice."
     how = rng.choice(3, len(points), p=[0.1, 0.45, 0.45])
     said = [['', terse(p), POINTS[p]][h] for h, p in zip(how, points)]
-    return ' '.join(filter(None, said + [notice] * int(rng.random() < 0.5)))
+    return ' '.join(filter(None, said + [notice] * int(rng.random() < notice_rate)))
 
 # %% ../nbs/05_task.ipynb #bc93c290
 def rubric_tokenizer():
@@ -126,6 +127,7 @@ def rubric_tokenizer():
 def pretrain_rubric_policy(
     output_dir,  # where the model folder goes
     notice: str = NOTICE,
+    notice_rate: float = 0.5,  # share of the imitated answers that give the notice
     steps: int = 1500,
     seed: int = 0,
 ):  # the trained transformers model
@@ -142,7 +144,7 @@ def pretrain_rubric_policy(
     rows = list(rubric_prompts(20_000, seed=seed))
     start = len(tok(rows[0]['prompt'])['input_ids'])
     for _ in range(steps):
-        texts = [f"{r['prompt']} {imperfect_answer(r['points'], rng, notice)} <eos>" for r in rng.choice(rows, 64)]
+        texts = [f"{r['prompt']} {imperfect_answer(r['points'], rng, notice, notice_rate)} <eos>" for r in rng.choice(rows, 64)]
         batch = tok(texts, return_tensors='pt', padding=True, padding_side='right', return_token_type_ids=False)
         labels = torch.where(batch['attention_mask'].bool(), batch['input_ids'], -100)
         labels[:, :start] = -100
