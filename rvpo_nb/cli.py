@@ -18,7 +18,7 @@ from .experiment import compare, draw_rewards, final_rates, reward_names
 from .reward import load_reward
 from .softmin import InputError
 from .task import load_prompts
-from .trainer import GRPOConfig, GRPOTrainer
+from .trainer import GRPOConfig, GRPOTrainer, RunFailed
 
 # %% ../nbs/16_cli.ipynb #8ad4fcc5
 @dataclass(kw_only=True)
@@ -44,19 +44,21 @@ class Train(GRPOConfig):
 # %% ../nbs/16_cli.ipynb #34698a3b
 def story(
     logs,  # from compare, methods gdpo and rvpo
+    low: float = 0.25,  # a pass rate below this counts as neglect, where the other method passes 0.2 more
 ) -> str:
-    "Say in two sentences what was given up, and what keeping it cost."
+    "Say in two sentences what was given up, by which method, and what keeping it cost the other."
     names, rates = reward_names(logs), final_rates(logs)
     end, seeds = rates.groupby('method').mean(), rates.index.get_level_values('seed').nunique()
-    gap = (end.loc['rvpo', names] - end.loc['gdpo', names]).sort_values()
-    lost, first = gap.index[-1], logs[logs.step == 1].groupby('method')[f'reward/{gap.index[-1]}/pass_rate'].mean()['gdpo']
     over = f'mean of {seeds} seed{"s" * (seeds > 1)}, last 20 steps'
-    if gap.iloc[-1] < 0.2: return (f'Neither method gave a reward up that the other kept: the largest gap is {gap.iloc[-1]:.2f}, on {lost} ({over}). '
-                                   f'The mean of all rewards is {end.loc["gdpo", "mean"]:.2f} under GDPO and {end.loc["rvpo", "mean"]:.2f} under RVPO.')
-    rest = [n for n in names if n != lost]
-    return (f'GDPO neglected {lost}: its pass rate went from {first:.2f} to {end.loc["gdpo", lost]:.2f}, where RVPO ends at {end.loc["rvpo", lost]:.2f} ({over}). '
-            f'Keeping it cost RVPO {end.loc["gdpo", rest].mean() - end.loc["rvpo", rest].mean():.2f} of the mean of the other {len(rest)} rewards: '
-            f'{end.loc["rvpo", rest].mean():.2f} instead of {end.loc["gdpo", rest].mean():.2f}.')
+    lost = [(m, n) for m, other in (('gdpo', 'rvpo'), ('rvpo', 'gdpo')) for n in names if end.loc[m, n] < min(low, end.loc[other, n] - 0.2)]
+    means = f'The mean of all rewards is {end.loc["gdpo", "mean"]:.2f} under GDPO and {end.loc["rvpo", "mean"]:.2f} under RVPO'
+    if not lost: return f'Neither method gave up a reward that the other kept ({over}). {means}.'
+    first = logs[logs.step == 1].groupby('method').mean(numeric_only=True)
+    told = '; '.join(f'{m.upper()} neglected {n}, whose pass rate went from {first.loc[m, f"reward/{n}/pass_rate"]:.2f} to {end.loc[m, n]:.2f}, '
+                     f'where {o.upper()} ends at {end.loc[o, n]:.2f}' for m, n in lost for o in [{'gdpo': 'rvpo', 'rvpo': 'gdpo'}[m]])
+    rest = [n for n in names if n not in [n for _, n in lost]]
+    price = (end.loc['rvpo', rest] - end.loc['gdpo', rest]).mean()
+    return (f'{told} ({over}). {means}; on the other {len(rest)} rewards RVPO has {abs(price):.2f} {"less" if price < 0 else "more"} on average.')
 
 # %% ../nbs/16_cli.ipynb #9bac0025
 def sample_answers(
@@ -96,6 +98,9 @@ class Demo:
     credit: float = 0.5  # probability that the judge credits a bare mention; lower is a stronger conflict with the word limit
 
     def run(self):
+        for name, v in dict(steps=self.steps, seeds=self.seeds).items():
+            if v < 1: raise InputError(f'{name} must be at least 1, got {v}')
+        if not 0 <= self.credit <= 1: raise InputError(f'credit is a probability, got {self.credit}')
         out, methods = Path(self.output), ['gdpo', 'rvpo']
         logs = compare(out, methods, self.seeds, self.steps, task=dict(terse_credit=self.credit))
         table = final_rates(logs).groupby('method', sort=False).mean().round(2)
@@ -113,13 +118,17 @@ def main(argv=None) -> int:
     "Run `rvpo`. Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted."
     import datasets
     import transformers
-    transformers.utils.logging.disable_progress_bar(), datasets.disable_progress_bars()
+    # What these two would log about a bad file, the error says in one sentence.
+    transformers.utils.logging.disable_progress_bar(), datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     sys.path.insert(0, os.getcwd())
     try: tyro.cli(Command, prog='rvpo', description='Train language models with many rewards without giving one up.', args=argv).run()
     except InputError as e:
         print(f'rvpo: {e}', file=sys.stderr)
         return 2
+    except RunFailed as e:
+        print(f'rvpo: {e}', file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print('rvpo: interrupted; go on with --resume (train) or the same command (demo)', file=sys.stderr)
+        print('rvpo: interrupted; what was done is saved. Go on with the same command (train: and --resume)', file=sys.stderr)
         return 130
     return 0

@@ -47,7 +47,7 @@ class Rollouts(NamedTuple):
     logps: torch.Tensor  # (N, completion tokens): log-probs under the policy that sampled, 0 where padded
 
     def rows(self, index, length):
-        "Select rows, and the first `length` tokens of their completions."
+        "Select rows, and the first `length` tokens of their completions (None: all)."
         return Rollouts(self.prompt_ids[index], self.prompt_mask[index], *(x[index, :length] for x in self[2:]))
 
 # %% ../nbs/06_rollout.ipynb #791503bd
@@ -59,7 +59,7 @@ def sample(
     *,
     num_generations: int,  # completions per prompt, the group size G
     max_completion_length: int,  # tokens
-    eos_token_id: int,
+    eos_token_id: int | list[int],  # any of these ends a completion
     pad_token_id: int,
     temperature: float = 1.0,
     generator: torch.Generator,  # on the CPU; draws all noise before the first token
@@ -67,6 +67,7 @@ def sample(
     "Sample a group of completions for each prompt, reading each prompt once."
     g, device = num_generations, prompt_ids.device
     noise = torch.rand(len(prompt_ids), g, max_completion_length, generator=generator, dtype=torch.float64).flatten(0, 1).to(device)
+    ends = torch.as_tensor(eos_token_id, device=device)
     cache = DynamicCache(config=model.config)
     out = model(prompt_ids, attention_mask=prompt_mask, position_ids=positions(prompt_mask), past_key_values=cache, logits_to_keep=1)
     cache.batch_repeat_interleave(g)
@@ -78,7 +79,7 @@ def sample(
         logp = (logits.float() / temperature).log_softmax(-1)
         token = torch.where(alive, pick(logp, noise[:, t]), pad_token_id)
         ids.append(token), alives.append(alive), logps.append(logp.gather(-1, token[:, None]).squeeze(-1) * alive)
-        alive = alive & (token != eos_token_id)
+        alive = alive & ~torch.isin(token, ends)
         if not alive.any() or t + 1 == max_completion_length: break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         logits = model(token[:, None], attention_mask=mask, position_ids=positions(mask)[:, -1:], past_key_values=cache).logits[:, -1]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .reward import first_line
 from .softmin import InputError
 
 # %% ../nbs/05_task.ipynb #32d3e474
@@ -162,7 +163,8 @@ def load_prompts(
 ):  # datasets.Dataset
     "Load training data. Raises `InputError` where it is missing or unreadable."
     from datasets import load_dataset
-    kind = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}.get(Path(data).suffix)
+    kind = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}.get(Path(data).suffix.lower())
     if kind and not Path(data).is_file(): raise InputError(f'data file {data!r} does not exist')
+    if not kind and Path(data).exists(): raise InputError(f'data {data!r} is neither .jsonl, .json nor .parquet')
     try: return load_dataset(kind, data_files=data, split='train') if kind else load_dataset(data, split='train')
-    except Exception as e: raise InputError(f'cannot read data {data!r}: {type(e).__name__}: {str(e).splitlines()[0]}') from e
+    except Exception as e: raise InputError(f'cannot read data {data!r}: {first_line(e.__cause__ or e)}') from e

@@ -1,15 +1,18 @@
 """`rvpo` as a user meets it: a model folder made elsewhere, own data, own reward functions, and every kind of bad input."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from rvpo_nb.cli import main
+from rvpo_nb.cli import main, story
 
 RVPO = Path(sys.executable).parent / 'rvpo'
 REWARDS = '''
@@ -39,7 +42,18 @@ def home(tmp_path_factory):
     (home / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     (home / 'noprompt.jsonl').write_text('{"question": "Why?"}\n')
     (home / 'broken.jsonl').write_text('{"prompt": "Why?"\n[1, 2\n')
+    (home / 'empty.jsonl').write_text('')
+    (home / 'taken.jsonl').write_text('{"prompt": "Why?", "completions": "So."}')
+    (home / 'chat.jsonl').write_text('{"prompt": [{"role": "user", "content": "Why?"}]}')
     (home / 'my_rewards.py').write_text(REWARDS)
+    shutil.copytree(home / 'model', home / 'truncated')
+    weights = home / 'truncated' / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copytree(home / 'model', home / 'remote')
+    config = json.loads((home / 'remote' / 'config.json').read_text()) | dict(model_type='theirs', auto_map={
+        'AutoConfig': 'code.TheirConfig', 'AutoModelForCausalLM': 'code.TheirModel'})
+    (home / 'remote' / 'config.json').write_text(json.dumps(config))
+    (home / 'remote' / 'code.py').write_text(f"open({str(home / 'ran')!r}, 'w')")
     return home
 
 
@@ -74,6 +88,12 @@ def test_train_on_a_users_own_files_and_resume(home):
     (dict(data='nowhere.jsonl'), ["'nowhere.jsonl' does not exist"]),
     (dict(data='noprompt.jsonl'), ['no column "prompt"', 'question']),
     (dict(data='broken.jsonl'), ["cannot read data 'broken.jsonl'"]),
+    (dict(data='empty.jsonl'), ["'empty.jsonl'"]),
+    (dict(data='taken.jsonl'), ["column 'completions'", 'renamed']),
+    (dict(data='my_rewards.py'), ['neither .jsonl, .json nor .parquet']),
+    (dict(data='chat.jsonl'), ['row 0', 'chat template']),
+    (dict(model='truncated'), ["cannot load model 'truncated'"]),
+    (dict(model='remote'), ["cannot load model 'remote'"]),
     (dict(rewards='my_rewards:broken'), ["'broken'", 'KeyError', 'no such column']),
     (dict(rewards='my_rewards:short'), ["'short'", '1 values for 2']),
     (dict(rewards='my_rewards:endless'), ["'endless'", 'row 0', 'infinite']),
@@ -82,22 +102,27 @@ def test_train_on_a_users_own_files_and_resume(home):
     (dict(rewards='vowels'), ['module:function']),
     (dict(aggregation='rpvo'), ["'rpvo'", 'rvpo, ']),
     (dict(k='-1'), ['-1.0']),
+    (dict(k='inf', aggregation='rvpo_explicit'), ['finite', 'k=inf']),
+    (dict(lr_scheduler_type='sinus'), ["lr_scheduler_type 'sinus'", 'cosine']),
+    (dict(beta='-1'), ['beta', '-1.0']),
+    (dict(max_steps='0'), ['max_steps', '0']),
     (dict(num_generations='1'), ['num_generations']),
-    (dict(max_completion_length='64'), ['row 0', 'tokens']),
+    (dict(max_completion_length='60'), ['row 0', '9 tokens', '1 to 4']),
+    (dict(max_completion_length='99'), ['max_completion_length', '35 tokens shorter']),
     (dict(reward_weights='-1'), ['1 weights for 2 rewards']),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(home, monkeypatch, capsys, changes, words):
     monkeypatch.chdir(home)
     assert main(command(output=f'bad-{len(words)}', **changes)) == 2
-    err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert err.startswith('rvpo: ') and all(w in err for w in words), err
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and err[0].startswith('rvpo: ') and all(w in err[0] for w in words), err
     assert not (home / f'bad-{len(words)}' / 'log.jsonl').exists(), 'no step was taken'
 
 
 def test_a_reward_that_turns_bad_later_stops_the_run(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
-    assert main(command(output='late', rewards='my_rewards:late')) == 2
-    assert "'late'" in capsys.readouterr().err and len((home / 'late' / 'log.jsonl').read_text().splitlines()) == 2
+    assert main(command(output='late', rewards='my_rewards:late')) == 1
+    assert "rvpo: step 3: reward 'late'" in capsys.readouterr().err and len((home / 'late' / 'log.jsonl').read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize('argv', [['train'], ['train', '--k', 'much'], ['nonsense'], []])
@@ -119,6 +144,44 @@ def test_demo_leaves_what_it_says(tmp_path):
     before = (out / 'log.parquet').read_bytes()
     again = subprocess.run([RVPO, 'demo', '--steps', '3', '--seeds', '2', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0 and (out / 'log.parquet').read_bytes() == before, 'a finished demo is read, not run again'
+    other = subprocess.run([RVPO, 'demo', '--steps', '3', '--credit', '0.9', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert other.returncode == 2 and 'rewards' in other.stderr, 'another task is not taken for the one that was run'
+
+
+@pytest.mark.parametrize('flags', ['--seeds 0', '--steps 0', '--credit 1.5'])
+def test_demo_refuses_what_makes_no_sense(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['demo', *flags.split()]) == 2 and flags.split()[0].strip('-') in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(home):
+    p = subprocess.Popen([RVPO, *command(output='stopped', max_steps='400', save_steps='1000')], cwd=home, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = home / 'stopped' / 'log.jsonl'
+    while p.poll() is None and not (log.exists() and log.stat().st_size): time.sleep(0.01)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=100)
+    done = len(log.read_text().splitlines())
+    assert p.returncode == 130 and 'saved' in err and 0 < done < 400
+    assert [c.name for c in (home / 'stopped').glob('checkpoint-*')] == [f'checkpoint-{done}']
+
+
+def test_no_code_from_a_model_folder_ran(home):
+    assert not (home / 'ran').exists()
+
+
+def logs_of(**ends):
+    rows = [dict(method=m, seed=0, step=(1, 60)[t - 1], all_passed=0.0, **{f'reward/{n}/pass_rate': v[t - 1] for n, v in rates.items()}) for m, rates in ends.items() for t in (1, 2)]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize('gdpo, rvpo, words', [
+    (dict(a=(0.5, 0.9), b=(0.8, 0.0)), dict(a=(0.5, 0.7), b=(0.8, 0.9)), ['GDPO neglected b', '0.80 to 0.00', 'RVPO ends at 0.90', '0.20 less']),
+    (dict(a=(0.5, 0.9), b=(0.5, 0.8)), dict(a=(0.5, 0.9), b=(0.5, 0.0)), ['RVPO neglected b', '0.50 to 0.00', 'GDPO ends at 0.80']),
+    (dict(a=(0.5, 0.75), b=(0.5, 0.8)), dict(a=(0.5, 0.99), b=(0.5, 0.8)), ['Neither method']),
+])
+def test_the_story_is_told_either_way(gdpo, rvpo, words):
+    text = story(logs_of(gdpo=gdpo, rvpo=rvpo))
+    assert all(w in text for w in words), text
 
 
 def test_importing_the_advantages_costs_torch_alone():

@@ -83,9 +83,60 @@ def test_rows_that_cannot_work_are_named(tmp_path):
     with pytest.raises(InputError, match='weight'): new(tmp_path, [words], reward_weights=[-1.0])
 
 
-def test_async_and_plain_rewards_share_a_table():
-    async def slow(completions, **columns): return [2.0] * len(completions)
-    assert call_rewards([slow, words], ['p'], ['a b c']).tolist() == [[2.0, 3.0]]
+def test_async_rewards_share_a_table_and_keep_their_lock_from_call_to_call():
+    import asyncio
+    lock = asyncio.Semaphore(1)
+    async def slow(completions, **columns):
+        async with lock: await asyncio.sleep(0.001)
+        return [2.0] * len(completions)
+    async def other(completions, **columns): return await slow(completions)
+    for _ in range(2): assert call_rewards([slow, other, words], ['p'], ['a b c']).tolist() == [[2.0, 2.0, 3.0]]
+
+
+def test_rewards_may_return_arrays_and_tensors():
+    import numpy as np
+    as_array = lambda completions, **columns: np.array([True])
+    as_scalars = lambda completions, **columns: [torch.tensor(2.5)]
+    as_numpy = lambda completions, **columns: [np.float32(0.5)]
+    assert call_rewards([as_array, as_scalars, as_numpy], ['p'], ['c']).tolist() == [[1.0, 2.5, 0.5]]
+
+
+def test_a_log_line_that_a_crash_cut_off_does_not_stop_a_resume(tmp_path):
+    new(tmp_path, [words], save_steps=1).train()
+    log = tmp_path / 'out' / 'log.jsonl'
+    log.write_text(log.read_text()[:-40])
+    state = new(tmp_path, [words], save_steps=1).train(resume_from_checkpoint=True)
+    assert state.global_step == 2 and read_log(log) == state.log_history
+
+
+def test_a_resume_on_other_data_or_rewards_is_refused(tmp_path):
+    new(tmp_path, [rubric_rewards()[0]]).train()
+    for changes in (dict(rows=[dict(prompt='A cold.', points=['soup'] * 7)]), dict(rewards=[rubric_rewards(terse_credit=0.9)[0]])):
+        with pytest.raises(InputError, match='was made with'):
+            new(tmp_path, **dict(rewards=[rubric_rewards()[0]]) | changes).train(resume_from_checkpoint=True)
+
+
+def test_columns_that_some_rows_lack_are_none_everywhere(tmp_path):
+    seen = []
+    def spy(completions, completion_ids, hint, **columns):
+        seen.extend(hint)
+        assert [len(i) for i in completion_ids] and len(completion_ids) == len(completions)
+        return [1.0] * len(completions)
+    new(tmp_path, [spy], rows=[dict(prompt='A cold.'), dict(prompt='A cold.', hint='soup')], max_steps=3).train()
+    assert set(seen) == {None, 'soup'}
+
+
+def test_dropout_does_not_make_a_run_depend_on_the_global_generator(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    weights = []
+    for i in range(2):
+        torch.manual_seed(0)
+        tokenizer = load_model(RUBRIC_POLICY)[1]
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))
+        torch.manual_seed(i)
+        GRPOTrainer(model, [words], GRPOConfig(output_dir=str(tmp_path / str(i)), **SETTINGS), train_dataset=rubric_prompts(8), processing_class=tokenizer).train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
 
 
 RUN = '''
@@ -94,7 +145,7 @@ sys.path.insert(0, {tests!r})
 from test_trainer import *
 from pathlib import Path
 torch.set_num_threads(1)
-new(Path(sys.argv[1]), [rubric_rewards()[0], rubric_rewards()[-1]], max_steps=12, save_steps=2, lr_scheduler_type='linear', k_end=4.0).train(resume_from_checkpoint=True)
+new(Path(sys.argv[1]), [rubric_rewards()[0], rubric_rewards()[-1]], max_steps=40, save_steps=2, lr_scheduler_type='linear', k_end=4.0).train(resume_from_checkpoint=True)
 '''
 
 
@@ -104,15 +155,15 @@ def test_a_killed_run_resumes_to_the_same_weights_and_log(tmp_path):
     script.write_text(RUN.format(tests=str(Path(__file__).parent)))
     start = lambda name: subprocess.Popen([sys.executable, script, tmp_path / name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = tmp_path / 'killed' / 'out' / 'log.jsonl'
-    for lines in (1, 5, 8):
+    for lines in (1, 9, 20):
         p = start('killed')
         while not (log.exists() and len(log.read_text().splitlines()) >= lines) and p.poll() is None: time.sleep(0.002)
         p.send_signal(signal.SIGKILL)
-        p.wait()
+        assert p.wait() == -signal.SIGKILL and len(log.read_text().splitlines()) < 40, 'the run was killed while it ran'
     for name in ('killed', 'whole'):
         p = start(name)
         assert p.wait(timeout=200) == 0, p.stderr.read()
     outs = [tmp_path / name / 'out' for name in ('killed', 'whole')]
     assert outs[0].joinpath('model.safetensors').read_bytes() == outs[1].joinpath('model.safetensors').read_bytes()
     logs = [[{k: v for k, v in x.items() if not k.startswith('time/')} for x in read_log(out / 'log.jsonl')] for out in outs]
-    assert json.dumps(logs[0]) == json.dumps(logs[1]) and len(logs[0]) == 12
+    assert json.dumps(logs[0]) == json.dumps(logs[1]) and len(logs[0]) == 40
