@@ -44,21 +44,22 @@ class Train(GRPOConfig):
 # %% ../nbs/16_cli.ipynb #34698a3b
 def story(
     logs,  # from compare, methods gdpo and rvpo
-    low: float = 0.25,  # a pass rate below this counts as neglect, where the other method passes 0.2 more
+    low: float = 0.25,  # a run neglects a reward that ends below this pass rate, and 0.2 below the other method's run with that seed
 ) -> str:
     "Say in two sentences what was given up, by which method, and what keeping it cost the other."
     names, rates = reward_names(logs), final_rates(logs)
-    end, seeds = rates.groupby('method').mean(), rates.index.get_level_values('seed').nunique()
-    over = f'mean of {seeds} seed{"s" * (seeds > 1)}, last 20 steps'
-    lost = [(m, n) for m, other in (('gdpo', 'rvpo'), ('rvpo', 'gdpo')) for n in names if end.loc[m, n] < min(low, end.loc[other, n] - 0.2)]
+    end, first = rates.groupby('method').mean(), logs[logs.step == 1].groupby('method').mean(numeric_only=True)
+    told, lost = [], set()
+    for m, o in (('gdpo', 'rvpo'), ('rvpo', 'gdpo')):
+        runs = ((rates.loc[m, names] < low) & (rates.loc[m, names] < rates.loc[o, names] - 0.2)).sum()
+        lost |= set(runs.index[runs > 0])
+        told += [f'{m.upper()} neglected {n} in {count} of {len(rates.loc[m])} runs (pass rate from {first.loc[m, f"reward/{n}/pass_rate"]:.2f} '
+                 f'to {end.loc[m, n]:.2f} on average, {o.upper()}: {end.loc[o, n]:.2f})' for n, count in runs.items() if count]
     means = f'The mean of all rewards is {end.loc["gdpo", "mean"]:.2f} under GDPO and {end.loc["rvpo", "mean"]:.2f} under RVPO'
-    if not lost: return f'Neither method gave up a reward that the other kept ({over}). {means}.'
-    first = logs[logs.step == 1].groupby('method').mean(numeric_only=True)
-    told = '; '.join(f'{m.upper()} neglected {n}, whose pass rate went from {first.loc[m, f"reward/{n}/pass_rate"]:.2f} to {end.loc[m, n]:.2f}, '
-                     f'where {o.upper()} ends at {end.loc[o, n]:.2f}' for m, n in lost for o in [{'gdpo': 'rvpo', 'rvpo': 'gdpo'}[m]])
-    rest = [n for n in names if n not in [n for _, n in lost]]
+    if not told: return f'Neither method gave up a reward that the other kept. {means}.'
+    rest = [n for n in names if n not in lost]
     price = (end.loc['rvpo', rest] - end.loc['gdpo', rest]).mean()
-    return (f'{told} ({over}). {means}; on the other {len(rest)} rewards RVPO has {abs(price):.2f} {"less" if price < 0 else "more"} on average.')
+    return f'{"; ".join(told)}. {means}; on the {len(rest)} rewards that both kept RVPO has {abs(price):.2f} {"less" if price < 0 else "more"} on average.'
 
 # %% ../nbs/16_cli.ipynb #9bac0025
 def sample_answers(

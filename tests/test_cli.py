@@ -175,8 +175,8 @@ def logs_of(**ends):
 
 
 @pytest.mark.parametrize('gdpo, rvpo, words', [
-    (dict(a=(0.5, 0.9), b=(0.8, 0.0)), dict(a=(0.5, 0.7), b=(0.8, 0.9)), ['GDPO neglected b', '0.80 to 0.00', 'RVPO ends at 0.90', '0.20 less']),
-    (dict(a=(0.5, 0.9), b=(0.5, 0.8)), dict(a=(0.5, 0.9), b=(0.5, 0.0)), ['RVPO neglected b', '0.50 to 0.00', 'GDPO ends at 0.80']),
+    (dict(a=(0.5, 0.9), b=(0.8, 0.0)), dict(a=(0.5, 0.7), b=(0.8, 0.9)), ['GDPO neglected b in 1 of 1 runs', '0.80 to 0.00', 'RVPO: 0.90', '0.20 less']),
+    (dict(a=(0.5, 0.9), b=(0.5, 0.8)), dict(a=(0.5, 0.9), b=(0.5, 0.0)), ['RVPO neglected b in 1 of 1 runs', '0.50 to 0.00', 'GDPO: 0.80']),
     (dict(a=(0.5, 0.75), b=(0.5, 0.8)), dict(a=(0.5, 0.99), b=(0.5, 0.8)), ['Neither method']),
 ])
 def test_the_story_is_told_either_way(gdpo, rvpo, words):

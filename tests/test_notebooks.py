@@ -96,3 +96,4 @@ def test_pages_stage(tmp_path):
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(p.name for p in (ROOT / '_proc').glob('*.ipynb')) == NOTEBOOKS
+    for image in (ROOT / 'nbs' / 'images').iterdir(): assert (ROOT / '_proc' / 'images' / image.name).exists()
