@@ -31,7 +31,7 @@ clean:
 	rm -rf $(VENV) _docs _proc
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'Could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
 
 $(BIN)/.installed: $(BIN)/python settings.ini setup.py
 	$(BIN)/python -m pip install -e .
