@@ -27,7 +27,7 @@ class Runner(NotebookClient):
 def run(path):
     "Execute one notebook in place."
     nb = nbformat.read(path, as_version=4)
-    Runner(nb, timeout=1200, resources={'metadata': {'path': str(path.parent)}}).execute()
+    Runner(nb, timeout=1200, coalesce_streams=True, resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell in nb.cells:
         if cell.cell_type == 'code':
             cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
