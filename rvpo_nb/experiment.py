@@ -27,12 +27,12 @@ def rubric_run(
     seed: int,  # of data, sampling and judge
     steps: int,
     task: dict | None = None,  # arguments of rubric_rewards, such as terse_credit
-    policy: str = RUBRIC_POLICY,  # the model folder to start from
+    policy: str | None = None,  # the model folder to start from; default: the shipped one
     **settings,  # further GRPOConfig fields
 ) -> list[dict]:  # the log, one dict per step
     "Train the shipped policy on the rubric task; a run that was stopped goes on, one that is done is read."
     args = GRPOConfig(output_dir=str(output_dir), run_name=f'{method} seed {seed}', aggregation=method, seed=seed, max_steps=steps, **RUBRIC | settings)
-    trainer = GRPOTrainer(policy, rubric_rewards(seed=seed, **task or {}), args, train_dataset=rubric_prompts(512, seed=seed))
+    trainer = GRPOTrainer(policy or RUBRIC_POLICY, rubric_rewards(seed=seed, **task or {}), args, train_dataset=rubric_prompts(512, seed=seed))
     return trainer.train(resume_from_checkpoint=True).log_history
 
 # %% ../nbs/12_rubric.ipynb #081ba88a
