@@ -129,7 +129,7 @@ def main(argv=None) -> int:
     except RunFailed as e:
         print(f'rvpo: {e}', file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print('rvpo: interrupted; what was done is saved. Go on with the same command (train: and --resume)', file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f'rvpo: interrupted; {str(e) or "nothing is saved beyond the last checkpoint"}. Go on with the same command (train: and --resume)', file=sys.stderr)
         return 130
     return 0

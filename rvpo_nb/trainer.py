@@ -168,7 +168,7 @@ def load_tokenizer(
 ):
     "Load a tokenizer; one saved as the generic class is read as it was saved, whatever the model's type."
     # AutoTokenizer replaces the generic class by the one registered for the model type, which for some types (qwen2)
-    # rebuilds the vocabulary as byte-pair encoding and turns every word of another tokenizer into <unk>.
+    # rebuilds the vocabulary as byte-pair encoding and loses the words of any other tokenizer.
     generic = get_tokenizer_config(name, trust_remote_code=False).get('tokenizer_class') in ('TokenizersBackend', 'PreTrainedTokenizerFast')
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
 
@@ -231,7 +231,9 @@ class GRPOTrainer:
         self.names = check_rewards(self.reward_funcs, self.args.reward_weights)
         self.rows = check_rows(train_dataset)
         self.model, self.tokenizer = load_model(model, processing_class)
-        self.model_name, self.ends = str(model) if isinstance(model, (str, Path)) else type(model).__name__, end_tokens(self.model, self.tokenizer)
+        # The last part of the name alone: a folder that has moved is still the same model.
+        self.model_name = Path(model).name if isinstance(model, (str, Path)) else type(model).__name__
+        self.ends = end_tokens(self.model, self.tokenizer)
         room = getattr(self.model.config, 'max_position_embeddings', 10**9) - self.args.max_completion_length
         self.prompt_ids = encode(self.tokenizer, [r['prompt'] for r in self.rows], room)
         self.ref_model = copy.deepcopy(self.model).eval().requires_grad_(False) if self.args.beta else None
@@ -521,9 +523,10 @@ def train(
             bar.set_postfix_str(' '.join(f"{n} {logs[f'reward/{n}/mean']:.2f}" for n in self.names), refresh=False)
             bar.update()
             self.call('on_step_end'), self.call('on_log', logs=logs)
-            if (t + 1) % self.args.save_steps == 0 or t + 1 == total or pressed: self.save()
-            if pressed: raise KeyboardInterrupt
-            if self.control.should_training_stop: break
+            stop = pressed or self.control.should_training_stop
+            if (t + 1) % self.args.save_steps == 0 or t + 1 == total or stop: self.save()
+            if pressed: raise KeyboardInterrupt(f'step {t + 1} is saved in {self.out}')
+            if stop: break
     self.model.save_pretrained(self.out), self.tokenizer.save_pretrained(self.out)
     self.call('on_train_end')
     return self.state

@@ -161,7 +161,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(home):
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=100)
     done = len(log.read_text().splitlines())
-    assert p.returncode == 130 and 'saved' in err and 0 < done < 400
+    assert p.returncode == 130 and f'step {done} is saved' in err and 0 < done < 400
     assert [c.name for c in (home / 'stopped').glob('checkpoint-*')] == [f'checkpoint-{done}']
 
 

@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from rvpo_nb.loss import completion_logps
 from rvpo_nb.reward import call_rewards
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
-from rvpo_nb.trainer import GRPOConfig, GRPOTrainer, load_model, read_log
+from rvpo_nb.trainer import GRPOConfig, GRPOTrainer, checkpoints, load_model, read_log
 
 SETTINGS = dict(num_generations=4, per_device_train_batch_size=8, max_completion_length=16, learning_rate=1e-3, max_steps=2, disable_tqdm=True)
 
@@ -107,6 +108,15 @@ def test_a_log_line_that_a_crash_cut_off_does_not_stop_a_resume(tmp_path):
     log.write_text(log.read_text()[:-40])
     state = new(tmp_path, [words], save_steps=1).train(resume_from_checkpoint=True)
     assert state.global_step == 2 and read_log(log) == state.log_history
+
+
+def test_a_stop_asked_for_by_a_callback_leaves_a_checkpoint(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == 3
+    trainer = new(tmp_path, [words], max_steps=8)
+    trainer.callbacks = [Stop()]
+    assert trainer.train().global_step == 3 and [c.name for c in checkpoints(tmp_path / 'out')] == ['checkpoint-3']
+    assert new(tmp_path, [words], max_steps=8).train(resume_from_checkpoint=True).global_step == 8
 
 
 def test_a_resume_on_other_data_or_rewards_is_refused(tmp_path):
