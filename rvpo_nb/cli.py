@@ -31,6 +31,8 @@ class Train(GRPOConfig):
     data: str  # a .jsonl or .parquet file or hub id, with a column "prompt"; other columns reach the rewards by name
     rewards: str  # module:function,module:function; a module in the current folder is found
     output_dir: Annotated[str, tyro.conf.arg(aliases=['--output'])] = 'trainer_output'  # gets the model, log.jsonl, completions, checkpoints
+    eval_data: str | None = None  # the same, held out: scored every eval_steps, and at the end
+    lora_r: int | None = None  # train a LoRA adapter of this rank on all linear layers, not the model; needs rvpo_nb[peft]
     resume: bool = False  # go on from the newest checkpoint in the output folder
 
     def __post_init__(self): pass  # run() makes the GRPOConfig, which checks itself there
@@ -38,8 +40,15 @@ class Train(GRPOConfig):
     def run(self):
         args = GRPOConfig(**{f.name: getattr(self, f.name) for f in fields(GRPOConfig)})
         rewards = [load_reward(spec.strip()) for spec in self.rewards.split(',')]
-        GRPOTrainer(self.model, rewards, args, train_dataset=load_prompts(self.data)).train(self.resume)
+        held_out = None if self.eval_data is None else load_prompts(self.eval_data)
+        GRPOTrainer(self.model, rewards, args, load_prompts(self.data), held_out, peft_config=self.adapter()).train(self.resume)
         print(f'model: {self.output_dir}\nlog: {Path(self.output_dir) / "log.jsonl"}')
+
+    def adapter(self):
+        if self.lora_r is None: return None
+        try: from peft import LoraConfig
+        except ImportError as e: raise InputError('lora_r needs peft: pip install rvpo_nb[peft]') from e
+        return LoraConfig(r=self.lora_r, lora_alpha=2 * self.lora_r, target_modules='all-linear', task_type='CAUSAL_LM')
 
 # %% ../nbs/16_cli.ipynb #34698a3b
 def story(

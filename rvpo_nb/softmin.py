@@ -13,17 +13,17 @@ import torch
 
 # %% ../nbs/00_softmin.ipynb #51070ebb
 def _rise(
-    lw: torch.Tensor,  # (..., M): log of the weights, -inf where left out
-    d: torch.Tensor,  # (..., M): distance to the minimum
+    w: torch.Tensor,  # (..., M): weights, 0 where left out
+    d: torch.Tensor,  # (..., M): distance to the minimum, 0 where left out
     k: float,  # risk aversion, finite
 ) -> torch.Tensor:  # (...,)
     "Compute how far SoftMin lies above the minimum."
-    w = lw.exp()
-    less = (w * torch.expm1(-k * d)).sum(-1)
-    near = torch.log1p(less.clamp(min=-0.5))  # clamped: unused branches must stay finite
-    log = torch.where(less > -0.5, near, torch.logsumexp(lw - k * d, -1))
-    mean = (w * d).sum(-1)
-    return torch.where(k * d.amax(-1) > 1e-20, -log / max(k, 1e-100), mean)
+    k = (1e-20 / d.detach().amax(-1, keepdim=True).clamp(min=1e-300)).clamp(min=max(k, 1e-307))
+    share = w / w.amax(-1, keepdim=True)  # of the largest: a sum may overflow
+    less = (share * torch.expm1(-k * d)).sum(-1) / share.sum(-1)
+    log, lost = torch.log1p(less.clamp(min=-0.999)), less < -0.999  # clamped: unused branches must stay finite
+    if bool(lost.any()): log = torch.where(lost, torch.logsumexp(w.log() - k * d, -1) - torch.logsumexp(w.log(), -1), log)
+    return -log / k.squeeze(-1)
 
 # %% ../nbs/00_softmin.ipynb #ad571e1f
 class InputError(ValueError):
@@ -39,28 +39,28 @@ def check_k(
 
 # %% ../nbs/00_softmin.ipynb #be5ce1cf
 def _along(x, z, dim):
-    "Give `x` the shape of `z`, in float64, and put `dim` last; a vector runs along `dim`."
-    x = torch.as_tensor(x, dtype=torch.float64, device=z.device)  # a list would become float32 otherwise
+    "Give `x` the shape of `z` and put `dim` last; a vector runs along `dim`."
     try: return x.expand_as(z).movedim(dim, -1) if x.ndim > 1 else x.expand_as(z.movedim(dim, -1))
     except RuntimeError:
         raise InputError(f'weights or mask of shape {tuple(x.shape)} do not fit z of shape {tuple(z.shape)}') from None
 
 
 def _entries(z, weights, mask, dim):
-    "Put `dim` last: log weights (sum of weights 1, -inf where left out), distance to the minimum, minimum."
+    "Put `dim` last: weights (0 where left out), distance to the minimum (0 where left out), minimum."
     if not z.is_floating_point(): raise InputError(f'z must be a float tensor, got {z.dtype}')
-    w = _along(1 if weights is None else weights, z, dim)
-    good = (w >= 0) & (w < torch.inf)
-    if not bool(good.all()): raise InputError(f'weights must be finite and non-negative, got {w[~good][0].item()}')
-    kept = w > 0 if mask is None else (w > 0) & _along(mask, z, dim).bool()
-    z = z.movedim(dim, -1).double()
+    w = torch.as_tensor(1 if weights is None else weights, dtype=torch.float64, device=z.device)  # a list would become float32 otherwise
+    if w.numel() and not (w.amin() >= 0 and w.amax() < torch.inf):
+        raise InputError(f'weights must be finite and non-negative, got {w[~((w >= 0) & (w < torch.inf))][0].item()}')
+    w = _along(w, z, dim)
+    if mask is not None: w = torch.where(_along(torch.as_tensor(mask, dtype=torch.bool, device=z.device), z, dim), w, 0)
+    kept, z = w > 0, z.movedim(dim, -1).double()
     low = torch.where(kept, z, torch.inf).amin(-1, keepdim=True).detach()
-    return torch.where(kept, w.log(), -torch.inf).log_softmax(-1), torch.where(kept, z - low, 0), low
+    return w, torch.where(kept, z - low, 0), low
 
 
-def _shares(lw, d, k):
+def _shares(w, d, k):
     "Normalise w exp(-k d); at k = inf that leaves the entries at the minimum."
-    return torch.softmax(lw + (torch.where(d > 0, -torch.inf, 0.0) if math.isinf(k) else -k * d), -1)
+    return torch.softmax(w.log() + (torch.where(d > 0, -torch.inf, 0.0) if math.isinf(k) else -k * d), -1)
 
 # %% ../nbs/00_softmin.ipynb #7df19139
 def softmin(
@@ -72,8 +72,8 @@ def softmin(
     dim: int = -1,  # the dimension that is reduced
 ) -> torch.Tensor:  # z without `dim`, in z's dtype; NaN where nothing is kept
     "Aggregate by -(1/k) ln sum_j w_j exp(-k z_j) (RVPO, SoftMin form). Raises `InputError` for bad k or weights."
-    k, (lw, d, low) = check_k(k), _entries(z, weights, mask, dim)
-    rise = (_shares(lw, d, k) * d).sum(-1) if math.isinf(k) else _rise(lw, d, k)
+    k, (w, d, low) = check_k(k), _entries(z, weights, mask, dim)
+    rise = (_shares(w, d, k) * d).sum(-1) if math.isinf(k) else _rise(w, d, k)
     return (low.squeeze(-1) + rise).to(z.dtype)
 
 # %% ../nbs/00_softmin.ipynb #11282b03
@@ -89,8 +89,9 @@ def softmin_series(
     "Sum the cumulant series (order 2: RVPO, explicit form). Raises `InputError` as `softmin` does, and for infinite k."
     if math.isinf(check_k(k)): raise InputError(f'the series needs a finite k, got {k}')
     if order < 1: raise InputError(f'order must be at least 1, got {order}')
-    lw, d, low = _entries(z, weights, mask, dim)
-    w = lw.exp()
+    w, d, low = _entries(z, weights, mask, dim)
+    w = w / w.amax(-1, keepdim=True)
+    w = w / w.sum(-1, keepdim=True)
     mean = (w * d).sum(-1, keepdim=True)
     m = [(w * (d - mean) ** n).sum(-1) for n in range(order + 1)]
     kappa, terms = [None, None], 0
@@ -109,5 +110,5 @@ def softmin_weights(
     dim: int = -1,  # the dimension along which they sum to 1
 ) -> torch.Tensor:  # shape of z: 0 where left out, NaN where nothing is kept
     "Compute the responsibilities, the gradient of `softmin` (RVPO, dA/dZ). Raises `InputError` as `softmin` does."
-    k, (lw, d, _) = check_k(k), _entries(z, weights, mask, dim)
-    return _shares(lw, d, k).movedim(-1, dim).to(z.dtype)
+    k, (w, d, _) = check_k(k), _entries(z, weights, mask, dim)
+    return _shares(w, d, k).movedim(-1, dim).to(z.dtype)

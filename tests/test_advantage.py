@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rvpo_nb.advantage import METHODS, TINY, advantages, k_at
-from rvpo_nb.softmin import InputError
+from rvpo_nb import advantage
+from rvpo_nb.advantage import METHODS, TINY, advantages, attention, k_at, n_effective
+from rvpo_nb.softmin import InputError, softmin
 
 EPS32 = 2.0 ** -23
 Z_METHODS = ['ac', 'gdpo', 'rvpo', 'rvpo_explicit', 'hardmin']
@@ -43,19 +44,24 @@ def combine(method, z, w, k, total):
     return min(z)
 
 
-def group_values(x, method, k, weights, published):
-    "One group (rollouts, rewards) to one value per rollout, NaN where it counts nowhere; before batch whitening."
-    rollouts, rewards = x.shape
-    total, column = (sum(weights) if published else 1.0), {}
-    for j in range(rewards):
-        on = [i for i in range(rollouts) if not np.isnan(x[i, j])]
+def live_columns(x, weights, published):
+    "The rewards of one group (rollouts, rewards) that count, each with its mean, its standard deviation and the population's."
+    column = {}
+    for j in range(x.shape[1]):
+        on = [i for i in range(len(x)) if not np.isnan(x[i, j])]
         if weights[j] == 0 or not on: continue
         values = [x[i, j] for i in on]
         if not published and (len(on) < 2 or max(values) - min(values) <= 64 * EPS32 * max(map(abs, values))): continue
         mean = sum(values) / len(values)
         column[j] = mean, spread(values, published), spread(values, False)
-    out = np.full(rollouts, np.nan)
-    for i in range(rollouts):
+    return column
+
+
+def group_values(x, method, k, weights, published):
+    "One group (rollouts, rewards) to one value per rollout, NaN where it counts nowhere; before batch whitening."
+    total, column = (sum(weights) if published else 1.0), live_columns(x, weights, published)
+    out = np.full(len(x), np.nan)
+    for i in range(len(x)):
         js = [j for j in column if not np.isnan(x[i, j])]
         if not js: continue
         w = [weights[j] / sum(weights[l] for l in js) for j in js]
@@ -113,6 +119,65 @@ def test_equals_the_loop(rewards, method, weights, published):
         slow = oracle(rewards.numpy(), method, k, weights, published)
         np.testing.assert_allclose(fast.numpy(), slow, rtol=1e-6, atol=1e-6)
         if not published: assert (fast[10:16] == 0).all() and (fast[:8, ::5] == 0).all()
+
+
+@pytest.mark.parametrize('published', [False, True])
+@pytest.mark.parametrize('method', METHODS)
+def test_blocks_do_not_show(rewards, monkeypatch, method, published):
+    many = rewards.reshape(2, 32, 16, 17)
+    whole = advantages(many, method, published=published)
+    for block in (1, 3000):  # one group at a time; 11 groups, so that the last block is a short one
+        monkeypatch.setattr(advantage, 'BLOCK', block)
+        torch.testing.assert_close(advantages(many, method, published=published), whole)
+
+
+# --- who is heard
+
+def shares_by_autograd(x, k, weights):
+    "One group at a time: the oracle's z-scores, and the derivative of the softmin of what is live."
+    out, column = np.zeros(x.shape), live_columns(x, weights, False)
+    for i in range(len(x)):
+        js = [j for j in column if not np.isnan(x[i, j])]
+        if not js: continue
+        z = torch.tensor([(x[i, j] - column[j][0]) / column[j][1] for j in js], dtype=torch.float64, requires_grad=True)
+        softmin(z, k, weights=[weights[j] for j in js]).backward()
+        out[i, js] = z.grad
+    return out
+
+
+@pytest.mark.parametrize('weights', [None, WEIGHTS], ids=['equal', 'weights'])
+@pytest.mark.parametrize('k', [0, 0.5, 2, 10, math.inf])
+def test_attention_is_the_gradient(rewards, k, weights):
+    q = attention(rewards, k, weights)
+    given = [1.0] * 17 if weights is None else list(weights)
+    slow = np.stack([shares_by_autograd(g, k, given) for g in rewards.double().numpy()])
+    assert q.dtype == torch.float32 and q.shape == rewards.shape
+    np.testing.assert_allclose(q.numpy(), slow, rtol=1e-6, atol=1e-6)
+    none = (slow == 0).all(-1)  # rollouts without a reward, groups without a live one
+    assert none[:8, ::5].all() and none[10:16].all() and not none[20:].any()
+    np.testing.assert_array_equal(n_effective(q).isnan().numpy(), none)
+    perplexity = [math.exp(-sum(p * math.log(p) for p in row if p > 0)) for row in slow[~none]]
+    np.testing.assert_allclose(n_effective(q).numpy()[~none], perplexity, rtol=1e-5)
+
+
+def test_attention_at_both_ends(rewards):
+    q, live = attention(rewards, 0, WEIGHTS), attention(rewards, 0) > 0
+    w = torch.from_numpy(WEIGHTS) * live
+    torch.testing.assert_close(q.double(), (w / w.sum(-1, keepdim=True)).nan_to_num(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(n_effective(attention(rewards, 0)).nan_to_num(0), live.sum(-1).float())
+    assert (n_effective(attention(rewards[..., 8:10], math.inf)).nan_to_num(1) == 1).all()  # continuous: one minimum each
+    assert torch.equal(n_effective(torch.eye(3)), torch.ones(3)) and n_effective(torch.zeros(2)).isnan()
+
+
+def test_attention_takes_what_advantages_takes():
+    q = attention(TINY, 2)
+    torch.testing.assert_close(attention(TINY.int().tolist(), 2), q)
+    torch.testing.assert_close(attention(torch.stack([TINY, TINY]), 2), torch.stack([q, q]))
+    torch.testing.assert_close(attention(TINY * torch.tensor([1, 1e-3, 50]), 2), q)  # z-scores have no unit
+    assert attention(TINY.half(), 2).dtype == torch.float16 and not attention(TINY.clone().requires_grad_(), 2).requires_grad
+    assert attention(torch.ones(0, 4, 3), 2).shape == (0, 4, 3) and n_effective(torch.ones(0, 4, 3)).shape == (0, 4)
+    for args in ((TINY, -1), (TINY[0], 2), (TINY / 0, 2), (TINY, 2, [1, 1]), (TINY, 2, [1, 1, -1])):
+        with pytest.raises(InputError): attention(*args)
 
 
 # --- TRL's own trainer

@@ -233,8 +233,26 @@ def test_series(z, seed):
     for n, error in zip((1, 2, 3, 4, 6), errors): assert error <= 6 * 0.12 ** n + 1e-13
 
 
+@pytest.mark.parametrize('z,w', [
+    ([0.0, 9.0, 8.0], [1e-9, 1.0, 2.0]),        # the minimum has hardly any weight
+    ([0.0, 9.0, 8.0], [5e-324, 1e300, 1e300]),  # or less than float64 can write as a share
+    ([1.0, -1.0], [1.7e308, 1.7e308]),          # the sum of the weights overflows
+    ([1.0, -1.0], [5e-324, 1e-323]),            # or has one digit
+    ([1e280, -2e280], [1.0, 2.0]),
+    ([1e-300, 3e-300], [1.0, 2.0]),
+])
+def test_extremes(z, w):
+    leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    for k in (0, 1e-12, 0.5, 3, 1e3, math.inf):
+        out, = torch.autograd.grad(softmin(leaf, k, weights=w), leaf)
+        assert within(softmin(leaf, k, weights=w).item(), z, k, w, torch.float64), k
+        assert torch.allclose(out, softmin_weights(leaf.detach(), k, weights=w), rtol=0, atol=1e-12)
+
+
 def test_second_derivative():
     for k in (0.3, 2.0):
         z = torch.tensor([1.0, 1.0, -1.7, 0.2], dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda v: softmin(v, k), z) and torch.autograd.gradgradcheck(lambda v: softmin(v, k), z)
         assert torch.autograd.gradcheck(lambda v: softmin_series(v, k, 4), z)
+    z, w = torch.tensor([0.0, 5.0, 4.0], dtype=torch.float64, requires_grad=True), [1e-6, 1, 1]  # by way of the logarithms
+    assert torch.autograd.gradcheck(lambda v: softmin(v, 3, weights=w), z) and torch.autograd.gradgradcheck(lambda v: softmin(v, 3, weights=w), z)

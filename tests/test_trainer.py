@@ -1,20 +1,20 @@
-"""The trainer's promises that no chapter shows: missing rewards, chats, gradients, kills at any step."""
-import json
+"""The trainer's promises that no chapter shows: missing rewards, chats, gradients, every setting."""
 import math
-import signal
-import subprocess
+import shutil
 import sys
-import time
+import types
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from rvpo_nb.loss import completion_logps
+from rvpo_nb.record import checkpoints, load_dump, read_log
 from rvpo_nb.reward import call_rewards
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
-from rvpo_nb.trainer import GRPOConfig, GRPOTrainer, checkpoints, load_model, read_log
+from rvpo_nb.inputs import GRPOConfig, load_model
+from rvpo_nb.trainer import GRPOTrainer, RunFailed
 
 SETTINGS = dict(num_generations=4, per_device_train_batch_size=8, max_completion_length=16, learning_rate=1e-3, max_steps=2, disable_tqdm=True)
 
@@ -42,13 +42,25 @@ def test_no_applicable_reward_leaves_the_weights_alone(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters()))
 
 
-def test_gradient_accumulation_equals_the_large_batch(tmp_path):
-    weights = []
-    for name, size in (('whole', 16), ('parts', 4)):
-        t = new(tmp_path / name, [words, rubric_rewards()[-1]], per_device_train_batch_size=size, gradient_accumulation_steps=16 // size)
-        t.train()
-        weights.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
-    assert (weights[0] - weights[1]).abs().max() < 1e-5
+def weights_of(trainer): return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize('loss', [
+    dict(), dict(loss_type='grpo'), dict(loss_type='dr_grpo'), dict(loss_type='grpo', importance_sampling_level='sequence'),
+    dict(loss_type='cispo', epsilon_high=5.0), dict(loss_type='r2vpo', ratio_penalty_lr=1.0), dict(beta=0.1, kl_estimator='k2'), dict(mask_truncated_completions=True)])
+def test_passes_and_accumulation_equal_the_large_batch(tmp_path, loss):
+    gradients = []
+    for name, size, tokens in (('whole', 16, 10 ** 6), ('parts', 4, 10 ** 6), ('few tokens', 16, 50)):
+        t = new(tmp_path / name, [words, rubric_rewards()[-1]], per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, micro_batch_tokens=tokens,
+                max_grad_norm=1e9, **loss)
+        t.start(False)
+        r, _, rewards, _ = t.draw(0, [0.0, 0.0])
+        r = r._replace(logps=r.logps - 0.1 * torch.linspace(-1, 1, r.logps.numel()).view(r.logps.shape))  # as in a later iteration: ratios other than 1
+        t.optimizer.step = t.optimizer.zero_grad = lambda: None
+        t.learn(r, t.aggregate(0, rewards)[0].flatten())
+        gradients.append(torch.cat([p.grad.flatten() for p in t.model.parameters()]))
+    assert gradients[0].norm() > 0.01
+    assert all((g - gradients[0]).norm() < 1e-5 * gradients[0].norm() for g in gradients[1:])
 
 
 def test_a_reward_is_learned(tmp_path):
@@ -59,8 +71,8 @@ def test_a_reward_is_learned(tmp_path):
 
 def test_the_log_prob_of_a_sample_is_that_of_the_model(tmp_path):
     t = new(tmp_path, [words])
-    r = t.sample([0, 1, 2], 0, 4, 16)
-    with torch.no_grad(): logps, _ = completion_logps(t.model, r)
+    r = t.sample(t.prompt_ids[:3], 4, (0,))
+    with torch.no_grad(), t.computing(): logps, _ = completion_logps(t.model, r)
     assert ((logps - r.logps).abs() * r.completion_mask).max() < 1e-4
 
 
@@ -149,31 +161,191 @@ def test_dropout_does_not_make_a_run_depend_on_the_global_generator(tmp_path):
     assert torch.equal(*weights)
 
 
-RUN = '''
-import sys
-sys.path.insert(0, {tests!r})
-from test_trainer import *
-from pathlib import Path
-torch.set_num_threads(1)
-new(Path(sys.argv[1]), [rubric_rewards()[0], rubric_rewards()[-1]], max_steps=40, save_steps=2, lr_scheduler_type='linear', k_end=4.0).train(resume_from_checkpoint=True)
-'''
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    weights = []
+    for on in (False, True):
+        t = new(tmp_path / str(on), [words], gradient_checkpointing=on)
+        seen = []
+        for layer in t.model.get_decoder().layers: layer.mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+        t.train()
+        weights.append(weights_of(t))
+        # each pass with gradients runs a layer once, and once more in the backward pass where it is checkpointed
+        assert sum(seen) == (2 if on else 1) * 2 * 2
+    assert (weights[0] - weights[1]).abs().max() < 1e-6
 
 
-def test_a_killed_run_resumes_to_the_same_weights_and_log(tmp_path):
-    from pathlib import Path
-    script = tmp_path / 'run.py'
-    script.write_text(RUN.format(tests=str(Path(__file__).parent)))
-    start = lambda name: subprocess.Popen([sys.executable, script, tmp_path / name], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    log = tmp_path / 'killed' / 'out' / 'log.jsonl'
-    for lines in (1, 9, 20):
-        p = start('killed')
-        while not (log.exists() and len(log.read_text().splitlines()) >= lines) and p.poll() is None: time.sleep(0.002)
-        p.send_signal(signal.SIGKILL)
-        assert p.wait() == -signal.SIGKILL and len(log.read_text().splitlines()) < 40, 'the run was killed while it ran'
-    for name in ('killed', 'whole'):
-        p = start(name)
-        assert p.wait(timeout=200) == 0, p.stderr.read()
-    outs = [tmp_path / name / 'out' for name in ('killed', 'whole')]
-    assert outs[0].joinpath('model.safetensors').read_bytes() == outs[1].joinpath('model.safetensors').read_bytes()
-    logs = [[{k: v for k, v in x.items() if not k.startswith('time/')} for x in read_log(out / 'log.jsonl')] for out in outs]
-    assert json.dumps(logs[0]) == json.dumps(logs[1]) and len(logs[0]) == 40
+def test_four_iterations_are_four_steps_on_the_same_rollouts(tmp_path):
+    by_hand, t = new(tmp_path / 'hand', [words], num_iterations=4, max_steps=4), new(tmp_path, [words], num_iterations=4, max_steps=4)
+    t.train()
+    assert [x['step'] for x in t.state.log_history] == [4] and [p.name for p in checkpoints(tmp_path / 'out')] == ['checkpoint-4']
+    by_hand.start(False)
+    r, _, rewards, _ = by_hand.draw(0, [0.0, 0.0])
+    advantage = by_hand.aggregate(0, rewards)[0].flatten()
+    steps = [by_hand.learn(r, advantage) for _ in range(4)]
+    assert torch.equal(weights_of(by_hand), weights_of(t))
+    assert steps[0]['ratio_variance'] < 1e-9 < 1e-5 < steps[3]['ratio_variance'], 'the first step is on-policy, the last is not'
+
+
+def test_lora_trains_an_adapter_and_nothing_else(tmp_path):
+    from peft import LoraConfig, PeftModel
+    lora = lambda name, **changes: GRPOTrainer(
+        RUBRIC_POLICY, [words], GRPOConfig(output_dir=str(tmp_path / name), **SETTINGS | dict(
+            num_generations=8, per_device_train_batch_size=64, learning_rate=1e-2, max_steps=30, save_steps=10, beta=1e-3) | changes),
+        train_dataset=rubric_prompts(8), peft_config=LoraConfig(r=8, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=True))
+    torch.manual_seed(0)
+    t = lora('a')
+    start = load_model(RUBRIC_POLICY)[0]
+    log = t.train().log_history
+    assert t.shared and abs(log[0]['kl']) < 1e-6 < log[-1]['kl'], 'the reference is the model without its adapter'
+    assert sum(x['reward/words/mean'] for x in log[-5:]) > sum(x['reward/words/mean'] for x in log[:5]) + 5
+    base = {n.replace('base_model.model.', '').replace('.base_layer', ''): p for n, p in t.model.named_parameters() if 'lora' not in n}
+    assert all(torch.equal(p, base[n]) for n, p in start.named_parameters())
+    again = PeftModel.from_pretrained(start, tmp_path / 'a')
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(): assert torch.allclose(again(ids).logits, t.model(ids).logits, atol=1e-5)
+    for step in (20, 30): shutil.rmtree(tmp_path / 'a' / f'checkpoint-{step}')
+    resumed = lora('a')
+    resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(p, q) for p, q in zip(resumed.model.parameters(), t.model.parameters()))
+
+
+def test_a_tokenizer_without_pad_token_trains(tmp_path):
+    model, tokenizer = load_model(RUBRIC_POLICY)
+    tokenizer.pad_token = None
+    t = GRPOTrainer(model, [words], GRPOConfig(output_dir=str(tmp_path), **SETTINGS | dict(num_generations=8, per_device_train_batch_size=64, max_steps=30)),
+                    train_dataset=rubric_prompts(8), processing_class=tokenizer)
+    r = t.sample(t.prompt_ids[:2], 4, (0,), max_completion_length=32)
+    assert r.ended.all() and tokenizer.pad_token == tokenizer.eos_token
+    assert (((r.completion_ids == tokenizer.eos_token_id) & r.completion_mask.bool()).sum(-1) == 1).all(), 'the end token is learned, the padding is not'
+    log = t.train().log_history
+    assert sum(x['reward/words/mean'] for x in log[-5:]) > sum(x['reward/words/mean'] for x in log[:5]) + 5
+
+
+def test_chats_train_with_a_system_prompt(tmp_path):
+    model, tokenizer = load_model(RUBRIC_POLICY)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    rows = [dict(prompt=[dict(role='user', content='Advise on: rest soup')]), dict(prompt=[dict(role='system', content='Rest.'), dict(role='user', content='soup')])]
+    length = lambda completions, **columns: [float(len(c[0]['content'].split())) for c in completions]
+    settings = dict(system_prompt='A cold.', num_generations=8, per_device_train_batch_size=64, max_steps=30)
+    t = GRPOTrainer(model, [length], GRPOConfig(output_dir=str(tmp_path), **SETTINGS | settings), train_dataset=rows, processing_class=tokenizer)
+    assert [tokenizer.decode(ids).split()[0] for ids in t.prompt_ids] == ['A', 'Rest.']
+    log = t.train().log_history
+    name = t.names[0]
+    assert sum(x[f'reward/{name}/mean'] for x in log[-5:]) > sum(x[f'reward/{name}/mean'] for x in log[:5]) + 5
+    with pytest.raises(InputError, match='system_prompt needs'): new(tmp_path / 'plain', [words], system_prompt='Hello.')
+
+
+def test_dynamic_sampling_replaces_only_groups_in_which_every_reward_is_dead(tmp_path):
+    flat = lambda prompts, completions, **columns: [float('flat' not in p and i % 2) for i, p in enumerate(prompts)]
+    opposite = lambda prompts, completions, **columns: [float('flat' not in p and 1 - i % 2) for i, p in enumerate(prompts)]
+    flat.__name__, opposite.__name__ = 'flat', 'opposite'
+    rows = [dict(prompt='A cold. flat'), dict(prompt='A cold. flat'), dict(prompt='A cold.'), dict(prompt='A cold. rest')] * 2
+    t = new(tmp_path, [flat, opposite], rows=rows, dynamic_sampling=3, shuffle_dataset=False, max_steps=2)
+    t.start(False)
+    r, texts, rewards, redrawn = t.draw(0, [0.0, 0.0])
+    assert set(texts['prompt']) == {'A cold.', 'A cold. rest'} and redrawn == 2 and t.drawn == 4, 'their sum is flat, they are not'
+    assert (rewards.sum(-1) == 1).all() and r.group.tolist() == [0] * 4 + [1] * 4
+    dead = new(tmp_path / 'dead', [lambda completions, **columns: [1.0] * len(completions)], dynamic_sampling=2, max_steps=1)
+    line = dead.train().log_history[0]
+    assert line['redrawn'] == 4 and line['dead_groups'] == 1 and line['grad_norm'] == 0, 'the last draw is kept whatever it brings'
+
+
+def test_weights_and_k_move_in_a_straight_line(tmp_path):
+    t = new(tmp_path, [words, rubric_rewards()[-1]], reward_weights=[1.0, 0.0], reward_weights_end=[0.0, 2.0], k_end=4.0, max_steps=5)
+    seen = []
+    aggregate = t.aggregate
+    t.aggregate = lambda step, rewards: (seen.append(t.weights(step)), aggregate(step, rewards))[1]
+    log = t.train().log_history
+    assert seen == [[1.0, 0.0], [0.75, 0.5], [0.5, 1.0], [0.25, 1.5], [0.0, 2.0]] and [x['k'] for x in log] == [2.0, 2.5, 3.0, 3.5, 4.0]
+    assert log[0]['reward/words/attention'] == 1 and math.isnan(log[-1]['reward/words/attention'])
+    with pytest.raises(InputError, match='weights for 1 rewards'): new(tmp_path / 'x', [words], reward_weights_end=[1.0, 2.0])
+
+
+def test_a_condition_without_a_threshold_is_refused_before_the_first_step(tmp_path):
+    length = rubric_rewards()[-1]
+    with pytest.raises(InputError, match="'words' is a condition but says not when"): new(tmp_path, [words, length], reward_conditions={length.__name__: 'words'}).train()
+    with pytest.raises(InputError, match="'nothing', which is not a reward"): new(tmp_path, [words], reward_conditions={'words': 'nothing'})
+
+
+def test_truncated_completions_can_be_masked(tmp_path):
+    t = new(tmp_path, [words], mask_truncated_completions=True, max_completion_length=3)
+    line = t.train().log_history[0]
+    assert line['completions/clipped_ratio'] == 1 and line['grad_norm'] == 0 and line['reward/words/mean'] > 0
+
+
+def test_stop_strings_and_filters_reach_the_sampler(tmp_path):
+    t = new(tmp_path, [words], top_k=1, stop_strings=['.'])
+    r = t.sample(t.prompt_ids[:2], 4, (0,))
+    texts = t.tokenizer.batch_decode([x[m.bool()] for x, m in zip(r.completion_ids, r.completion_mask)], skip_special_tokens=True)
+    assert r.ended.all() and all(x.endswith('.') and x.count('.') == 1 for x in texts) and len(set(texts)) <= 2
+
+
+def test_evaluation_is_on_its_own_rows_and_repeats_itself(tmp_path):
+    t = GRPOTrainer(RUBRIC_POLICY, [words], GRPOConfig(output_dir=str(tmp_path), eval_steps=2, num_generations_eval=3, **SETTINGS | dict(max_steps=5)),
+                    train_dataset=rubric_prompts(8), eval_dataset=rubric_prompts(5, seed=7))
+    log = t.train().log_history
+    assert [x['step'] for x in log if 'eval/reward/words/mean' in x] == [2, 4, 5]
+    assert str(t.evaluate()) == str(t.evaluate()) and t.evaluate()['eval/reward/words/mean'] == log[-1]['eval/reward/words/mean']
+
+
+def test_a_failed_step_can_be_taken_again_from_its_dump(tmp_path):
+    t = new(tmp_path, [words])
+    aggregate = t.aggregate
+    t.aggregate = lambda step, rewards: (aggregate(step, rewards)[0] * math.nan, 2.0, 2.0)
+    with pytest.raises(RunFailed, match='the gradient norm is nan.*dump-1'): t.train()
+    again = GRPOTrainer(tmp_path / 'out' / 'dump-1', [words], GRPOConfig(output_dir=str(tmp_path / 'again'), **SETTINGS), train_dataset=rubric_prompts(8))
+    assert torch.equal(weights_of(again), weights_of(new(tmp_path / 'fresh', [words]))), 'the weights are those before the step'
+    again.start(False)
+    with pytest.raises(FloatingPointError, match='the gradient norm is nan'): again.learn(*load_dump(tmp_path / 'out' / 'dump-1'))
+
+
+def test_bfloat16_on_the_cpu_stays_close_to_float32_and_keeps_float32_weights(tmp_path):
+    logs = [new(tmp_path / str(on), [words], bf16=on, max_steps=1).train().log_history[0] for on in (False, True)]
+    t = new(tmp_path, [words], bf16=True)
+    t.train()
+    assert all(p.dtype == torch.float32 for p in t.model.parameters())
+    assert abs(logs[0]['entropy'] - logs[1]['entropy']) < 0.1 and logs[1]['ratio_variance'] < 1e-2
+
+
+def test_the_price_of_the_ratio_variance_moves_and_survives_a_resume(tmp_path):
+    settings = dict(loss_type='r2vpo', ratio_penalty=0.5, ratio_penalty_lr=10.0, ratio_variance_target=1e-4, num_iterations=2, save_steps=2)
+    whole = new(tmp_path / 'whole', [words], max_steps=8, **settings)
+    prices = [x['ratio_penalty'] for x in whole.train().log_history]
+    assert len(set(prices)) == 4 and all(p >= 0 for p in prices)
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == 4
+    cut = new(tmp_path / 'cut', [words], max_steps=8, **settings)
+    cut.callbacks = [Stop()]
+    cut.train()
+    resumed = new(tmp_path / 'cut', [words], max_steps=8, **settings).train(resume_from_checkpoint=True)
+    assert [x['ratio_penalty'] for x in resumed.log_history] == prices
+
+
+def test_a_model_whose_attention_is_not_plain_trains_all_the_same(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.manual_seed(0)
+    tokenizer = load_model(RUBRIC_POLICY)[1]
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, sliding_window=4))
+    t = GRPOTrainer(model, [words], GRPOConfig(output_dir=str(tmp_path), **SETTINGS), train_dataset=rubric_prompts(8), processing_class=tokenizer)
+    line = t.train().log_history[0]
+    assert not t.shared and line['ratio_variance'] < 1e-9 and line['grad_norm'] > 0
+
+
+def test_tensorboard_gets_every_number_of_the_log(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = new(tmp_path, [words, never], report_to=['tensorboard']).train().log_history
+    events = EventAccumulator(str(tmp_path / 'out' / 'tensorboard'))
+    events.Reload()
+    assert [e.step for e in events.Scalars('reward/words/mean')] == [1, 2]
+    assert events.Scalars('loss')[1].value == pytest.approx(log[1]['loss'], rel=1e-6) and 'reward/never/mean' not in events.Tags()['scalars']
+
+
+def test_trackers_are_opened_fed_and_closed(tmp_path, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **kw: calls.append(kw), log=lambda logs, step: calls.append(step), finish=lambda: calls.append('finish'))
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    new(tmp_path, [words], report_to=['wandb'], run_name='me').train()
+    assert calls[0]['name'] == 'me' and calls[0]['config']['max_steps'] == 2 and calls[1:] == [1, 2, 'finish']
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(InputError, match='pip install wandb'): new(tmp_path / 'none', [words], report_to=['wandb']).train()
