@@ -126,11 +126,13 @@ def write_completions(
     advantage: torch.Tensor,  # one per rollout
 ):
     "Write one step's rollouts as parquet: step, group, prompt, completion, one column per reward, advantage."
-    from pandas import DataFrame
+    from pyarrow import parquet, table
     folder.mkdir(exist_ok=True)
     final = folder / f'completions_{step:05d}.parquet'
     part = final.with_name(f'.{final.name}.part')
-    DataFrame(dict(step=step, group=torch.arange(len(advantage)) // g, **texts) | rewards | dict(advantage=advantage)).to_parquet(part)
+    numbers = {name: x.cpu().numpy() for name, x in (rewards | dict(advantage=advantage)).items()}
+    group = torch.arange(len(advantage)) // g
+    parquet.write_table(table(dict(step=torch.full_like(group, step).numpy(), group=group.numpy(), **texts) | numbers), part)
     os.replace(part, final)
 
 # %% ../nbs/08_record.ipynb #b85a053a

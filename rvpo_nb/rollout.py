@@ -177,14 +177,18 @@ class Ragged:
         first = start + lengths.cumsum(0) - lengths
         self.index = torch.where(self.filled, first[:, None] + offset, start).flatten()
         self.kept = self.filled.flatten().nonzero().squeeze(-1)
+        self.whole = len(self.kept) == len(self.index)  # nothing is ragged: views will do
+        self.start = start
 
     def pad(self, x):
         "Turn (tokens, heads, ...) into (rows, heads, longest, ...); what stands in the padding has no meaning."
-        return x.index_select(0, self.index).unflatten(0, self.filled.shape).transpose(1, 2)
+        x = x[self.start:self.start + len(self.kept)] if self.whole else x.index_select(0, self.index)
+        return x.unflatten(0, self.filled.shape).transpose(1, 2)
 
     def pack(self, x):
         "Turn (rows, heads, longest, ...) back into (tokens, heads, ...)."
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.kept)
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.whole else x.index_select(0, self.kept)
 
 # %% ../nbs/06_rollout.ipynb #51d6c4e2
 class Packed:
@@ -272,11 +276,12 @@ class Shared:
         row = Packed(prompts, group.device)
         ends = model.get_decoder()(**row.inputs).last_hidden_state[0, row.last]
         self.logits = model.get_output_embeddings()(ends).index_select(0, group)
-        self.tokens, self.time = torch.zeros_like(group), group.new_full((1,), -1)
+        self.tokens = torch.zeros_like(group)
         self.positions = row.inputs['position_ids'][0, row.last][group]
         keys, filled = row.past[0][0], row.prompts.filled  # (prompts, heads, longest, width), (prompts, longest)
         self.copied = len(group) * keys[0].numel() <= COPY[keys.device.type]
         self.wide, self.past, self.group, self.tables = filled.shape[1], row.past, group, []
+        self.time = group.new_full((1,), self.wide - 1 if self.copied else -1)  # where in the tables the last token stands
         for k, v in row.past:
             if self.copied: self.tables.append([torch.nn.functional.pad(x[group], (0, 0, 0, room)) for x in (k, v)])
             else: self.tables.append([x.new_zeros(*x.shape[:2], int(group.bincount().max()), room, x.shape[-1]) for x in (k, v)])
@@ -289,7 +294,7 @@ class Shared:
         "Compute attention, (rows, query heads, width), and write the new keys and values into the tables."
         rep, tables, seen = q.shape[1] // k.shape[1], self.tables[layer], self.seen[..., :self.wide + self.span]
         if self.copied:
-            for table, x in zip(tables, (k, v)): table.index_copy_(2, self.time + self.wide, x.unsqueeze(2))
+            for table, x in zip(tables, (k, v)): table.index_copy_(2, self.time, x.unsqueeze(2))
             q = q.unflatten(1, (-1, rep))
             return scaled_dot_product_attention(q, *(x[:, :, :self.wide + self.span] for x in tables), attn_mask=seen, scale=scale).flatten(1, 2)
         for table, x in zip(tables, (k, v)): table.index_copy_(3, self.time, self.slots.pad(x).unsqueeze(3))

@@ -8,6 +8,7 @@ __all__ = ['FREE', 'patch_to', 'GRPOTrainer', 'passes', 'length_metrics', 'cost_
 
 # %% ../nbs/08_trainer.ipynb #77dd874c
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -416,6 +417,8 @@ def train(
     with ExitStack() as close, hold_interrupt() as pressed, self.bar() as bar:
         trackers = [tracker(name, self.out, self.args.run_name, asdict(self.args), self.state.global_step) for name in self.args.report_to or []]
         for _, end in trackers: close.callback(end)
+        gc.freeze()  # the million objects of the imported libraries are not searched for garbage again and again: some per cent of a short step
+        close.callback(gc.unfreeze)
         for t in range(done, self.batches):
             logs = self.one_batch(t)
             for log, _ in trackers: log({key: v for key, v in logs.items() if math.isfinite(v)}, logs['step'])
