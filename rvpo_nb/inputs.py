@@ -26,7 +26,7 @@ from .softmin import InputError, check_k
 # %% ../nbs/08_inputs.ipynb #4f1702e8
 @dataclass(kw_only=True)
 class GRPOConfig:
-    "Settings of a run; names and defaults are TRL's where TRL has them."
+    "Settings of a run; names and defaults are TRL's where TRL has them, but for gradient_checkpointing (off here) and bf16."
     output_dir: str = 'trainer_output'  # where model, log, completions and checkpoints go
     run_name: str = ''  # shown beside the progress bar and in trackers
     aggregation: str = 'rvpo'  # how rewards become an advantage: grpo, ac, gdpo, rvpo, rvpo_explicit, hardmin, dvao
@@ -62,6 +62,7 @@ class GRPOConfig:
     epsilon_high: float | None = None  # and above at 1 + epsilon_high; default: epsilon; in cispo the cap itself
     beta: float = 0.0  # weight of the KL penalty; 0 loads no reference model
     kl_estimator: str = 'k3'  # k1, k2 or k3
+    use_bias_correction_kl: bool = True  # multiply the KL estimate by the importance ratio; right for k1 and k3, wrong for k2
     ratio_penalty: float = 1.0  # of r2vpo: price of the ratio's variance
     ratio_penalty_lr: float = 0.0  # of r2vpo: step by which the price follows the variance; 0 = it stays
     ratio_variance_target: float = 0.01  # of r2vpo: variance that the moving price aims at
@@ -77,6 +78,8 @@ class GRPOConfig:
     seed: int = 42  # of data order and sampling
 
     def __post_init__(self):
+        for name in ('stop_strings', 'report_to'):
+            if isinstance(getattr(self, name), str): setattr(self, name, [getattr(self, name)])
         if self.per_device_train_batch_size is None: self.per_device_train_batch_size = self.num_generations if 8 % max(1, self.num_generations) else 8
         check_config(self)
 
@@ -107,7 +110,7 @@ def check_config(a: 'GRPOConfig'):
         if not getattr(a, name) > 0: raise InputError(f'{name} must be positive, got {getattr(a, name)}')
     for name in 'top_p min_p'.split():
         if getattr(a, name) > 1: raise InputError(f'{name} must be at most 1, got {getattr(a, name)}')
-    if not all(a.stop_strings or ['']) and a.stop_strings: raise InputError('stop_strings has an empty string: every completion would end at once')
+    if a.stop_strings and '' in a.stop_strings: raise InputError('stop_strings has an empty string: every completion would end at once')
     if a.max_steps != -1 and a.max_steps < 1: raise InputError(f'max_steps must be at least 1, or -1 to count epochs, got {a.max_steps}')
     k_at(0, 2, check_k(a.k), a.k_end)
     if a.aggregation == 'rvpo_explicit' and math.isinf(a.k): raise InputError('rvpo_explicit needs a finite k; use hardmin')
@@ -129,8 +132,8 @@ def check_rewards(
     for n in names:
         if names.count(n) > 1: raise InputError(f'two rewards are called {n!r}; set their __name__')
         if n in COLUMNS or '/' in n: raise InputError(f'a reward cannot be called {n!r}; set its __name__')
-    for weights in (args.reward_weights, args.reward_weights_end):
-        if weights is not None: check_weights(weights, len(names))
+    for field in ('reward_weights', 'reward_weights_end'):
+        if getattr(args, field) is not None: setattr(args, field, check_weights(getattr(args, field), len(names)))
     for pair in (args.reward_conditions or {}).items():
         for n in pair:
             if n not in names: raise InputError(f'reward_conditions names {n!r}, which is not a reward; the rewards: {", ".join(names)}')
@@ -210,8 +213,9 @@ def load_model(
     model,  # a model, a folder, or a hub id
     processing_class=None,  # a tokenizer; default: the model's own
     peft_config=None,  # a peft.PeftConfig: train an adapter, not the model
+    seed: int = 0,  # of the adapter's first weights
 ):  # model, tokenizer
-    "Load model and tokenizer. Raises `InputError` where there is none, or the tokenizer has no end token."
+    "Load model and tokenizer. Raises `InputError` where there is none, the tokenizer has no end token, or weights to be trained are not float32."
     named = isinstance(model, (str, Path))
     if not named and processing_class is None: raise InputError('a model that is passed as an object needs its tokenizer as processing_class')
     try:
@@ -222,7 +226,11 @@ def load_model(
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     if peft_config is not None:
         from peft import get_peft_model
-        model = get_peft_model(model, peft_config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = get_peft_model(model, peft_config)
+    low = {str(p.dtype).removeprefix('torch.') for p in model.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
+    if low: raise InputError(f'the weights to be trained are {", ".join(low)}: small updates would round away; load the model in float32 and set bf16 instead')
     # eval: with dropout, the policy that learns would not be the one that sampled
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), tokenizer
 

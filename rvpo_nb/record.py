@@ -181,7 +181,7 @@ def save_dump(
     r: Rollouts,
     advantage: torch.Tensor,  # (N,)
 ):
-    "Write down what reproduces a failed step."
+    "Write down the model and the rollouts of a failed step."
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     tensors = {k: v.contiguous() for k, v in r._asdict().items() if k != 'prompts'}
@@ -191,8 +191,9 @@ def save_dump(
 
 def load_dump(
     folder,
+    device='cpu',
 ):  # rollouts, advantages (N,)
     "Read the rollouts of a failed step; the model beside them loads like any other."
-    tensors = load_file(Path(folder) / 'rollouts.safetensors')
+    tensors = load_file(Path(folder) / 'rollouts.safetensors', device=str(device))
     advantage = tensors.pop('advantage')
     return Rollouts(prompts=json.loads((Path(folder) / 'prompts.json').read_text()), **tensors), advantage

@@ -38,14 +38,14 @@ def filters(
 class Rollouts(NamedTuple):
     "Hold N rollouts of some prompts; T = tokens of the longest completion."
     prompts: list[list[int]]  # token ids of each prompt
-    group: torch.Tensor  # (N,), which prompt a rollout answers, ascending
+    group: torch.Tensor  # (N,), which prompt a rollout answers
     completion_ids: torch.Tensor  # (N, T), padded on the right
     completion_mask: torch.Tensor  # (N, T): 1 up to and including the end token
     logps: torch.Tensor  # (N, T): log-probs under the policy that sampled, 0 where padded
     ended: torch.Tensor  # (N,), bool: by an end token or a stop string, not by the limit
 
     def rows(self, index):
-        "Select rollouts (ascending row numbers), and of the rest what they need."
+        "Select rollouts by their row numbers, and the prompts that they need."
         used, group = self.group[index].unique(return_inverse=True)
         length = max([1, *self.completion_mask[index].sum(-1).tolist()])
         return Rollouts([self.prompts[i] for i in used.tolist()], group, *(x[index, :length] for x in self[2:5]), self.ended[index])
@@ -77,7 +77,7 @@ def positions(mask):
 
 # %% ../nbs/06_rollout.ipynb #42bd28a7
 class Plain:
-    "Read rollouts as padded rows, each with a cache of its own; works with every causal language model."
+    "Read rollouts as padded rows, each with a cache of its own; works with every model that transformers can cache."
 
     def __init__(self, model, prompts, group, room):
         ids, mask = left_pad(prompts, group.device)
@@ -123,29 +123,31 @@ def sample(
 ) -> Rollouts:
     "Sample a group of completions for each prompt; inside `share_prompts`, each prompt is read once."
     group = torch.arange(len(prompts), device=model.device).repeat_interleave(num_generations)
-    shape = len(group), max_completion_length
-    noise = torch.rand(shape, generator=generator, dtype=torch.float64).to(group.device)
-    ids, logps, ended, lengths = group.new_zeros(shape), noise.new_zeros(shape, dtype=torch.float32), group >= 0, torch.zeros_like(group)
-    rows, alive, ends = torch.arange(len(group), device=group.device), ended, group.new_tensor(eos_token_id).view(-1)
+    n, room = len(group), max_completion_length
+    noise = torch.rand(n, room, generator=generator, dtype=torch.float64).to(group.device).T.contiguous()  # one row per token step
+    ids, logps, lengths = group.new_zeros(room, n), noise.new_zeros(room, n, dtype=torch.float32), torch.zeros_like(group)
+    rows, alive, ended = torch.arange(n, device=group.device), group >= 0, group >= 0  # rows of the batch that are read, and which of them go on
+    ends = group.new_tensor(eos_token_id).view(-1)
     with torch.inference_mode():  # a tenth faster than no_grad where steps are small
-        reader = (Shared if shares(model) else Plain)(model, prompts, group, max_completion_length)
+        reader = (Shared if shares(model) else Plain)(model, prompts, group, room)
         logits = reader.logits
-        for t in range(max_completion_length):
+        for t in range(room):
             logp = (logits.float() / temperature).log_softmax(-1)
-            token = pick(warp(ids[rows, :t], logp) if warp else logp, noise[rows, t])
-            ids[rows, t], logps[rows, t] = token, logp.gather(-1, token[:, None]).squeeze(-1)
-            lengths[rows] += alive
+            token = pick(warp(ids[:t, rows].T, logp) if warp else logp, noise[t].index_select(0, rows))
+            ids[t].index_copy_(0, rows, token)
+            logps[t].index_copy_(0, rows, logp.gather(-1, token[:, None]).squeeze(-1))
+            lengths.index_add_(0, rows, alive.long())
             done = (token[:, None] == ends).any(-1)
-            alive = alive & ~(done | stop(ids[rows, :t + 1]) if stop else done)
+            alive = alive & ~(done | stop(ids[:t + 1, rows].T) if stop else done)
             left = int(alive.sum())
-            if not left or t + 1 == max_completion_length: break
+            if not left or t + 1 == room: break
             if left <= 0.8 * len(rows):
                 reader.keep(alive.nonzero().squeeze(-1))
                 rows, token, alive = rows[alive], token[alive], alive[alive]
             logits = reader.next(token)
     ended[rows] = ~alive
     mask = torch.arange(t + 1, device=group.device) < lengths[:, None]
-    return Rollouts(prompts, group, torch.where(mask, ids[:, :t + 1], pad_token_id), mask.long(), logps[:, :t + 1] * mask, ended)
+    return Rollouts(prompts, group, torch.where(mask, ids[:t + 1].T, pad_token_id), mask.long(), logps[:t + 1].T * mask, ended)
 
 # %% ../nbs/06_rollout.ipynb #4c269f8c
 NAME = 'rvpo_shared_prompt'  # of the attention below, among those of transformers
@@ -259,9 +261,11 @@ def share_prompts(
 ):
     "Read each prompt once for its group, inside this block; gradients must be taken inside too."
     before = model.config._attn_implementation
-    if on: model.set_attn_implementation(NAME)
-    try: yield
-    finally: model.set_attn_implementation(before)
+    try:
+        if on: model.set_attn_implementation(NAME)
+        yield
+    finally:
+        if on: model.set_attn_implementation(before)
 
 # %% ../nbs/06_rollout.ipynb #5bb0c554
 SPAN = 64  # completion tokens by which the visible part of the tables grows
@@ -354,6 +358,7 @@ def shareable(
     plain = plain_logits(model, r).flatten(0, 1).float()
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear): return False  # an adapter on it would be passed over where only its weight is used
+    if set(getattr(model.config, 'layer_types', None) or ()) - {'full_attention'}: return False  # a window or chunk may be longer than the trial
     try:
         with share_prompts(model): shared = head(completion_hidden(model, r)).float()
     except (NotImplementedError, TypeError, AttributeError, ValueError): return False
