@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'patch_to', 'GRPOTrainer', 'condition_rewards', 'passes', 'length_metrics', 'cost_metrics', 'peak_memory',
-           'describe', 'check_same_run', 'hold_interrupt', 'RunFailed']
+           'check_same_run', 'hold_interrupt', 'RunFailed']
 
 # %% ../nbs/08_trainer.ipynb #77dd874c
 import copy
@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import rollout
 from .advantage import advantages, k_at, scores
-from .inputs import GRPOConfig, check_rewards, check_rows, encode, end_tokens, load_model, prompt_order
+from .inputs import GRPOConfig, check_rewards, check_rows, describe, encode, end_tokens, load_model, prompt_order
 from .loss import completion_logps, dual_step, normalizer_of, policy_loss
 from .record import (checkpoints, group_metrics, load_checkpoint, put, read_log, reward_metrics, save_checkpoint, save_dump,
                             sync, tracker, write_completions, write_log)
@@ -351,12 +351,6 @@ def save(self):
 
 # %% ../nbs/08_trainer.ipynb #4665e9f3
 FREE = 'output_dir run_name save_steps save_total_limit disable_tqdm report_to eval_steps num_generations_eval'.split()  # may differ when a run is resumed
-
-
-def describe(f) -> str:
-    "Name a reward, and the settings of one that is an object."
-    plain = {k: v for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (bool, int, float, str, tuple)) and k != '__name__'}
-    return f'{reward_name(f)} {plain}' if plain else reward_name(f)
 
 
 @patch_to(GRPOTrainer)
