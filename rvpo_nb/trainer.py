@@ -446,7 +446,7 @@ def train(
         close.callback(gc.unfreeze)
         for t in range(done, self.batches):
             logs = self.one_batch(t)
-            for log, _ in trackers: log({key: v for key, v in logs.items() if math.isfinite(v)}, logs['step'])
+            for log, _ in trackers: log({key: v for key, v in logs.items() if key != 'step' and math.isfinite(v)}, logs['step'])
             bar.set_postfix_str(' '.join(f"{n} {logs[f'reward/{n}/mean']:.2f}" for n in self.names), refresh=False)
             bar.update(self.state.global_step - bar.n)
             self.call('on_step_end'), self.call('on_log', logs=logs)
