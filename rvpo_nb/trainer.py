@@ -297,6 +297,7 @@ def step(
     clock.append(time.perf_counter() - learning)
     self.state.global_step += len(steps)
     logs = dict(step=self.state.global_step, k=k, learning_rate=rate) | {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
+    logs['sampler_error'] = steps[0]['sampler_error']  # later steps measure how far the policy has moved
     if a.loss_type == 'r2vpo': logs['ratio_penalty'] = self.penalty
     ok = passed(self.reward_funcs, rewards)
     logs |= reward_metrics(self.names, rewards, ok) | group_metrics(self.names, rewards, ok, advantage, softmin_k, self.weights(t))
