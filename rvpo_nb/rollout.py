@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SPAN', 'COPY', 'pick', 'filters', 'Rollouts', 'join', 'left_pad', 'positions', 'Plain', 'plain_logits',
-           'sample', 'shares', 'stop_at', 'Ragged', 'Packed', 'attend', 'completion_hidden', 'share_prompts', 'Shared',
-           'shareable']
+           'sample', 'shares', 'stop_at', 'Ragged', 'Packed', 'attend', 'completion_hidden', 'share_prompts', 'Steps',
+           'Shared', 'shareable']
 
 # %% ../nbs/06_rollout.ipynb #5642e7c0
 from contextlib import contextmanager
@@ -269,10 +269,43 @@ def share_prompts(
 
 # %% ../nbs/06_rollout.ipynb #5bb0c554
 SPAN = 64  # completion tokens by which the visible part of the tables grows
+
+
+class Steps:
+    "Run a model one token at a time with shapes and addresses that stay, as a CUDA graph where there is a GPU."
+
+    def forward(self):
+        "Run the model on `tokens`."
+        out = self.model.get_decoder()(self.tokens[None], position_ids=self.positions[None], use_cache=False, layout=self)
+        return self.model.get_output_embeddings()(out.last_hidden_state[0])
+
+    def next(self, tokens):
+        "Read one token of each row and return the logits (rows, vocabulary) for the next."
+        self.tokens.copy_(tokens)
+        self.positions += 1
+        self.time += 1
+        self.seen[..., self.wide + self.length] = 0
+        if self.length % SPAN == 0: self.span, self.graph = min(self.room, self.length + SPAN), None
+        self.length += 1
+        return self.replay() if tokens.is_cuda else self.forward()
+
+    def replay(self):
+        "Record the step as a CUDA graph where there is none yet, and run it."
+        if self.graph is None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side): self.forward()  # what is set up on first use must not be recorded
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph): self.out = self.forward()
+        self.graph.replay()
+        return self.out
+
+# %% ../nbs/06_rollout.ipynb #9b45ef71
 COPY = dict(cpu=2 ** 18, cuda=2 ** 24)  # keys' numbers, all rollouts of a layer together, up to which a prompt is copied and not shared
 
 
-class Shared:
+class Shared(Steps):
     "Read rollouts one token at a time over the keys and values of their prompts, of which each group has one copy."
 
     def __init__(self, model, prompts, group, room):
@@ -308,33 +341,6 @@ class Shared:
         p = (torch.cat([of_prompt, q @ own_keys.transpose(-1, -2)], -1) + seen.unsqueeze(1)).softmax(-1).to(v.dtype)
         out = (p[..., :self.wide].flatten(2, 3) @ values).unflatten(2, (-1, rep)) + p[..., self.wide:] @ own_values
         return self.slots.pack(out.transpose(2, 3).flatten(1, 2))
-
-    def forward(self):
-        "Run the model on `tokens`."
-        out = self.model.get_decoder()(self.tokens[None], position_ids=self.positions[None], use_cache=False, layout=self)
-        return self.model.get_output_embeddings()(out.last_hidden_state[0])
-
-    def next(self, tokens):
-        "Read one token of each row and return the logits (rows, vocabulary) for the next."
-        self.tokens.copy_(tokens)
-        self.positions += 1
-        self.time += 1
-        self.seen[..., self.wide + self.length] = 0
-        if self.length % SPAN == 0: self.span, self.graph = min(self.room, self.length + SPAN), None
-        self.length += 1
-        return self.replay() if tokens.is_cuda else self.forward()
-
-    def replay(self):
-        "Record the step as a CUDA graph where there is none yet, and run it."
-        if self.graph is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side): self.forward()  # what is set up on first use must not be recorded
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph): self.out = self.forward()
-        self.graph.replay()
-        return self.out
 
     def keep(self, rows):
         "Go on with these rows only, and with their prompts."

@@ -459,7 +459,7 @@ def train(
     self.call('on_train_end')
     return self.state
 
-
+# %% ../nbs/08_trainer.ipynb #c3579908
 @patch_to(GRPOTrainer)
 def one_batch(self, t):
     "Make one step, evaluate where it is due, and log both. Raises `RunFailed`; a step before an evaluation that fails is saved."
