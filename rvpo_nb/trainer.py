@@ -131,7 +131,7 @@ def sample(
 
 @patch_to(GRPOTrainer)
 def fail(self, why, r, advantage):
-    "Write down, in a run, what reproduces the failure, and raise `FloatingPointError`."
+    "Write down, in a run, the model and the rollouts of a failed step, and raise `FloatingPointError`."
     folder = self.out / f'dump-{self.state.global_step + 1}'
     if hasattr(self, 'optimizer'): save_dump(folder, self.model, self.tokenizer, r, advantage)
     raise FloatingPointError(f'{why}; model and rollouts are in {folder}' if folder.exists() else why)
@@ -176,7 +176,7 @@ def draw(
     self,
     t: int,  # batch, from 0
     clock: list,  # gets the seconds of sampling and rewarding
-):  # rollouts, texts, rewards (prompts, group, rewards), groups dropped
+):  # rollouts, texts, rewards (prompts, group, rewards), number of prompts drawn beyond the batch
     "Sample and score a batch; `dynamic_sampling` replaces groups in which no reward has any spread."
     a, g, parts, need, drawn = self.args, self.args.num_generations, [], self.per_step, self.drawn
     for again in range(a.dynamic_sampling + 1):
