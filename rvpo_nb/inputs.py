@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from . import neighbours  # adds its methods to METHODS
 from .advantage import METHODS, check_weights, k_at
 from .loss import check_loss
 from .reward import first_line, reward_name
@@ -29,11 +30,15 @@ class GRPOConfig:
     "Settings of a run; names and defaults are TRL's where TRL has them, but for gradient_checkpointing (off here) and bf16."
     output_dir: str = 'trainer_output'  # where model, log, completions and checkpoints go
     run_name: str = ''  # shown beside the progress bar and in trackers
-    aggregation: str = 'rvpo'  # how rewards become an advantage: grpo, ac, gdpo, rvpo, rvpo_explicit, hardmin, dvao
+    aggregation: str = 'rvpo'  # how rewards become an advantage: grpo, ac, gdpo, rvpo, rvpo_explicit, hardmin, dvao, sa_mrpo, gd2po, tchebycheff
     k: float = 2.0  # risk aversion of rvpo and rvpo_explicit; 0 is the mean
     k_end: float | None = None  # value of k at the last step, reached linearly; default: k stays
+    n_effective: float | None = None  # of rvpo, in place of k: rewards that a rollout hears on average, from 1 on; k is solved for in every batch
     reward_weights: list[float] | None = None  # one per reward; default: all equal; 0 = logged only
     reward_weights_end: list[float] | None = None  # weights at the last step, reached linearly; default: they stay
+    reward_targets: dict[str, float] | None = None  # reward -> pass rate that it shall reach: its weight rises while it misses it, and falls after (Constrained GRPO)
+    guard: float | None = None  # rewards without a target are heard more while they pass less often than this share of their best, such as 0.8
+    reward_weights_lr: float = 5.0  # of reward_targets and guard: change of a weight per batch and unit of missing pass rate
     reward_conditions: dict[str, str] | None = None  # reward -> another that must pass, or the first counts 0 (GDPO's conditioned reward)
     num_generations: int = 8  # completions per prompt
     per_device_train_batch_size: int | None = None  # completions per forward and backward pass at most; default: 8, or one group where groups do not fit into 8
@@ -113,6 +118,10 @@ def check_config(a: 'GRPOConfig'):
     if a.stop_strings and '' in a.stop_strings: raise InputError('stop_strings has an empty string: every completion would end at once')
     if a.max_steps != -1 and a.max_steps < 1: raise InputError(f'max_steps must be at least 1, or -1 to count epochs, got {a.max_steps}')
     k_at(0, 2, check_k(a.k), a.k_end)
+    if a.n_effective is not None:
+        if a.aggregation != 'rvpo': raise InputError(f'n_effective sets the k of rvpo; {a.aggregation} has none to set')
+        if a.k_end is not None or a.k != GRPOConfig.k: raise InputError('n_effective takes the place of k and k_end: set one or the other')
+        if not 1 <= a.n_effective < math.inf: raise InputError(f'n_effective must be at least 1, got {a.n_effective}')
     if a.aggregation == 'rvpo_explicit' and math.isinf(a.k): raise InputError('rvpo_explicit needs a finite k; use hardmin')
     if a.batch_size % a.num_generations: raise InputError(
         f'per_device_train_batch_size x gradient_accumulation_steps = {a.batch_size} completions do not make whole groups of num_generations = {a.num_generations}')
@@ -132,6 +141,7 @@ def check_rewards(
     for n in names:
         if names.count(n) > 1: raise InputError(f'two rewards are called {n!r}; set their __name__')
         if n in COLUMNS or '/' in n: raise InputError(f'a reward cannot be called {n!r}; set its __name__')
+    if (args.n_effective or 0) > len(names): raise InputError(f'n_effective is {args.n_effective}, but there are {len(names)} rewards')
     for field in ('reward_weights', 'reward_weights_end'):
         if getattr(args, field) is not None: setattr(args, field, check_weights(getattr(args, field), len(names)))
     for pair in (args.reward_conditions or {}).items():

@@ -117,11 +117,12 @@ def pretrain_rubric_policy(
     notice_rate: float = 0.5,  # share of the imitated answers that give the notice
     steps: int = 1500,
     seed: int = 0,
+    **config,  # as in pretrain
 ):  # the trained transformers model
     "Train the first policy of the nine criteria on imperfect answers."
     rows = list(rubric_prompts(20_000, seed=seed).select_columns(['prompt', 'points']))
     batch = lambda rng: [(r['prompt'], imperfect_answer(r['points'], rng, notice, notice_rate)) for r in rng.choice(rows, 64)]
-    return pretrain(output_dir, rubric_tokenizer(), batch, steps, seed)
+    return pretrain(output_dir, rubric_tokenizer(), batch, steps, seed, **config)
 
 
 def pretrain_ladder_policy(

@@ -29,10 +29,11 @@ from transformers import TrainerControl, TrainerState, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import rollout
-from .advantage import advantages, k_at, scores
+from .advantage import advantages, k_at, scores, solve_k
+from .guard import make_guard
 from .inputs import GRPOConfig, check_rewards, check_rows, describe, encode, end_tokens, load_model, prompt_order
 from .loss import completion_logps, dual_step, normalizer_of, policy_loss
-from .record import (checkpoints, extra_columns, group_metrics, load_checkpoint, put, read_log, reward_metrics, save_checkpoint, save_dump,
+from .record import (by_reward, checkpoints, dead_groups, extra_columns, group_metrics, load_checkpoint, put, read_log, reward_metrics, save_checkpoint, save_dump,
                             sync, tracker, write_completions, write_log)
 from .reward import call_rewards, check_value, condition_rewards, passed, reward_name
 from .softmin import InputError
@@ -64,6 +65,8 @@ class GRPOTrainer:
         self.args = a = args or GRPOConfig()
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.names = check_rewards(self.reward_funcs, a)
+        known = (~passed(self.reward_funcs, torch.zeros(len(self.names))).isnan()).tolist()
+        self.guard = make_guard(self.names, known, a.reward_weights, a.reward_targets, a.guard, a.reward_weights_lr)
         self.rows, self.eval_rows = check_rows(train_dataset), [] if eval_dataset is None else check_rows(eval_dataset, 'evaluation')
         self.model, self.tokenizer = load_model(model, processing_class, peft_config, a.seed)
         # The last part of the name alone: a folder that has moved is still the same model.
@@ -271,16 +274,17 @@ def reference(self, r):
 # %% ../nbs/08_trainer.ipynb #ad2deef6
 @patch_to(GRPOTrainer)
 def weights(self, t):
-    "Return the weights of the rewards in batch `t`: constant, or linear from reward_weights to reward_weights_end."
-    first, last = self.args.reward_weights, self.args.reward_weights_end
-    if last is None: return first
-    return [k_at(t, self.batches, v, e) for v, e in zip(first or [1.0] * len(last), last)]
+    "Return the weights of the rewards in batch `t`: constant, or linear from reward_weights to reward_weights_end; times what the guard makes of them."
+    w, last = self.args.reward_weights, self.args.reward_weights_end
+    if last is not None: w = [k_at(t, self.batches, v, e) for v, e in zip(w or [1.0] * len(last), last)]
+    return self.guard.weigh(w) if self.guard else w
 
 
 @patch_to(GRPOTrainer)
 def aggregate(self, t, rewards):
     "Return the advantages (prompts, group) of batch `t`, its k, and the k of the SoftMin that the method amounts to, if any."
     a, k = self.args, k_at(t, self.batches, self.args.k, self.args.k_end)
+    if a.n_effective is not None: k = solve_k(rewards, a.n_effective, self.weights(t)).item()
     advantage = advantages(rewards, a.aggregation, k=k, weights=self.weights(t))
     return advantage, k, dict(gdpo=0.0, rvpo=k, hardmin=math.inf).get(a.aggregation)
 
@@ -293,6 +297,8 @@ def step(
     "Sample, reward, aggregate, learn."
     a, clock, begun = self.args, [0.0, 0.0], time.perf_counter()
     r, texts, rewards, redrawn = self.draw(t, clock)
+    ok = passed(self.reward_funcs, rewards)
+    if self.guard: self.watch(rewards, ok)
     advantage, k, softmin_k = self.aggregate(t, rewards)
     counts = torch.tensor(self.weights(t) or [1.0] * len(self.names)) > 0
     applicable = (~rewards.flatten(0, 1).isnan() & counts).any(-1).nonzero().squeeze(-1)  # a rollout to which no reward applies counts nowhere
@@ -304,12 +310,20 @@ def step(
     logs = dict(step=self.state.global_step, k=k, learning_rate=rate) | {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
     logs['sampler_error'] = steps[0]['sampler_error']  # later steps measure how far the policy has moved
     if a.loss_type == 'r2vpo': logs['ratio_penalty'] = self.penalty
-    ok = passed(self.reward_funcs, rewards)
+    if self.guard: logs |= by_reward(self.names, dict(weight=torch.tensor(self.weights(t), dtype=torch.float64)))
     logs |= reward_metrics(self.names, rewards, ok) | group_metrics(self.names, rewards, ok, advantage, softmin_k, self.weights(t))
     logs |= length_metrics(r) | dict(redrawn=redrawn)
     logs |= self.take_noted(logs)
     write_completions(self.out / 'completions', self.state.global_step, a.num_generations, texts, dict(zip(self.names, rewards.flatten(0, 1).T)), advantage.flatten())
     return logs | cost_metrics(clock, time.perf_counter() - begun, r.completion_mask.sum().item())
+
+# %% ../nbs/08_trainer.ipynb #b7d75939
+@patch_to(GRPOTrainer)
+def watch(self, rewards, ok):
+    "Let the weights follow the batch's pass rates, and say on stderr, once, which reward has nearly died."
+    self.guard.update(ok.flatten(0, 1).nanmean(0), dead_groups(rewards).nanmean(0))
+    for n, gone in zip(self.names, self.guard.dying().tolist()):
+        if gone: tqdm.write(f'batch before step {self.state.global_step + 1}: the reward {n!r} has nearly died: it hardly varies in any group', file=sys.stderr)
 
 # %% ../nbs/08_trainer.ipynb #48f2f9c9
 def length_metrics(r: rollout.Rollouts) -> dict:
@@ -351,6 +365,7 @@ def evaluate(self) -> dict:
 def save(self):
     "Write a checkpoint, and drop the oldest beyond save_total_limit."
     state = dict(step=self.state.global_step, drawn=self.drawn, penalty=self.penalty, scheduler=self.scheduler.state_dict(), setup=self.setup())
+    if self.guard: state['guard'] = self.guard.state()
     sync(self.out / 'log.jsonl')
     save_checkpoint(self.out / f'checkpoint-{self.state.global_step}', self.model, self.tokenizer, self.optimizer, state)
     for old in checkpoints(self.out)[:-self.args.save_total_limit] if self.args.save_total_limit else []: rmtree(old)
@@ -375,7 +390,8 @@ def check_same_run(
 ):
     "Raise `InputError` naming the setting in which a resumed run differs from its checkpoint."
     for name, v in setup.items():
-        if saved.get(name) != v: raise InputError(f'{output_dir} was made with {name} = {saved.get(name)!r}, not {v!r}')
+        before = saved.get(name, getattr(GRPOConfig, name, None))  # a setting that is newer than the checkpoint had its default
+        if before != v: raise InputError(f'{output_dir} was made with {name} = {before!r}, not {v!r}')
 
 # %% ../nbs/08_trainer.ipynb #9bd315b6
 @patch_to(GRPOTrainer)
@@ -411,6 +427,7 @@ def start(
         load_checkpoint(found[-1], self.model, self.optimizer)
         self.state.global_step, self.drawn, self.penalty = saved['step'], saved['drawn'], saved['penalty']
         self.scheduler.load_state_dict(saved['scheduler'])
+        if self.guard: self.guard.load(saved['guard'])
         for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()): group['lr'] = lr
     self.out.mkdir(parents=True, exist_ok=True)
     self.state.log_history = [x for x in read_log(log) if x['step'] <= self.state.global_step] if log.exists() else []

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from rvpo_nb import advantage
-from rvpo_nb.advantage import METHODS, TINY, advantages, attention, k_at, n_effective
+from rvpo_nb.advantage import TINY, advantages, attention, k_at, n_effective, solve_k
 from rvpo_nb.softmin import InputError, softmin
 
 EPS32 = 2.0 ** -23
+METHODS = ['grpo', 'ac', 'gdpo', 'rvpo', 'rvpo_explicit', 'hardmin', 'dvao']  # of this chapter: a later one registers others
 Z_METHODS = ['ac', 'gdpo', 'rvpo', 'rvpo_explicit', 'hardmin']
 WHITENED = ['gdpo', 'rvpo', 'rvpo_explicit', 'hardmin']
 WEIGHTS = np.linspace(0, 2, 17) ** 2  # the first is 0
@@ -178,6 +179,78 @@ def test_attention_takes_what_advantages_takes():
     assert attention(torch.ones(0, 4, 3), 2).shape == (0, 4, 3) and n_effective(torch.ones(0, 4, 3)).shape == (0, 4)
     for args in ((TINY, -1), (TINY[0], 2), (TINY / 0, 2), (TINY, 2, [1, 1]), (TINY, 2, [1, 1, -1])):
         with pytest.raises(InputError): attention(*args)
+
+
+# --- a number of rewards in place of k
+
+def heard(x, k, weights=None):
+    "Mean over the rollouts that count: perplexity of the weights over exp(KL) of the shares from them."
+    q, w = (attention(x.double(), v, weights) for v in (k, 0))
+    log = torch.where(q > 0, q.log() - w.log(), 0)
+    return (n_effective(w) * torch.exp(-(q * log).sum(-1))).nanmean().item()
+
+
+@pytest.mark.parametrize('weights', [None, WEIGHTS], ids=['equal', 'weights'])
+@pytest.mark.parametrize('n', [1.5, 3, 6.5])
+def test_k_lets_that_many_rewards_be_heard(rewards, n, weights):
+    k = solve_k(rewards.double(), n, weights)  # double: the dead test depends on the dtype
+    assert k.shape == () and 0 < k < 100 and heard(rewards, k.item(), weights) == pytest.approx(n, rel=1e-8)
+    if weights is None: assert n_effective(attention(rewards.double(), k.item())).nanmean().item() == pytest.approx(n, rel=1e-8)
+    torch.testing.assert_close(solve_k(100 * rewards[torch.randperm(64)].double() + 3, n, weights), k, rtol=1e-7, atol=0)
+
+
+def test_the_number_heard_falls_with_k_for_any_weights():
+    gen = torch.Generator().manual_seed(7)
+    r, k = torch.rand(20, 8, 5, generator=gen).double(), [0.0, *torch.logspace(-2, 2, 30).tolist(), math.inf]
+    for weights in torch.rand(10, 5, generator=gen) ** 4:
+        numbers = [heard(r, x, weights) for x in k]
+        assert all(a >= b - 1e-9 for a, b in zip(numbers, numbers[1:]))
+        for n in (1 + 0.9 * (numbers[0] - 1), 1 + 0.3 * (numbers[0] - 1)): assert heard(r, solve_k(r, n, weights).item(), weights) == pytest.approx(n, rel=1e-8)
+
+
+def test_k_where_there_is_nothing_to_solve(rewards):
+    live = torch.rand(6, 4, 3, generator=torch.Generator().manual_seed(8))
+    for x, n in ((rewards, 17), (rewards, 1e9), (live[..., :1], 1), (torch.ones(3, 4, 2), 1.5), (live * torch.nan, 2), (live[:0], 2)): assert solve_k(x, n) == 0
+    assert solve_k(live, 1) == solve_k(live, 1.0) == math.inf
+    torch.testing.assert_close(advantages(live, n_effective=1), advantages(live, 'hardmin'))
+    torch.testing.assert_close(advantages(live, n_effective=3), advantages(live, 'gdpo'))
+    ties = torch.tensor([[1.0, 1], [0, 0], [1, 0], [0, 1]])[None]  # two rollouts hear both rewards at any k
+    assert solve_k(ties, 1.4) == math.inf and 0 < solve_k(ties, 1.6) < math.inf
+    assert not solve_k(live.clone().requires_grad_(), 2).requires_grad
+
+
+@pytest.mark.parametrize('published', [False, True])
+def test_n_effective_is_the_k_that_it_solves_for(rewards, published):
+    k = solve_k(rewards, 4, WEIGHTS, published).item()
+    a = advantages(rewards, n_effective=4, weights=WEIGHTS, published=published)
+    assert torch.equal(a, advantages(rewards, k=k, weights=WEIGHTS, published=published))
+    assert not torch.allclose(a, advantages(rewards, weights=WEIGHTS, published=published), atol=0.1)
+
+
+@pytest.mark.parametrize('block', [None, 1, 3000])
+def test_every_batch_has_its_own_k(rewards, monkeypatch, block):
+    if block: monkeypatch.setattr(advantage, 'BLOCK', block)
+    many = rewards.reshape(2, 4, 8, 16, 17).clone()
+    many[0, 1], many[1, 1] = 1.0, (many[1, 1] > 0.5).float()  # a dead batch, k = 0; a binary one
+    k, a = solve_k(many, 2.0), advantages(many, n_effective=2.0)
+    assert k.shape == (2, 4) and len(set(k.flatten().tolist())) == 8 and k[0, 1] == 0
+    for i in range(2):
+        for j in range(4):
+            torch.testing.assert_close(solve_k(many[i, j], 2.0), k[i, j], rtol=1e-8, atol=0)
+            torch.testing.assert_close(advantages(many[i, j], n_effective=2.0), a[i, j], rtol=1e-5, atol=1e-6)
+    edges = torch.stack([many[0, 0], many[0, 1], many[0, 0] * torch.nan])
+    torch.testing.assert_close(advantages(edges, n_effective=1)[0], advantages(many[0, 0], k=solve_k(many[0, 0], 1).item()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(n_effective=0.5), 'n_effective must be a number from 1 on, got 0.5'),
+    (dict(n_effective=math.nan), 'n_effective must be'),
+    (dict(n_effective=math.inf), 'n_effective must be'),
+    (dict(n_effective='2'), 'n_effective must be'),
+    (dict(n_effective=2, method='gdpo'), 'n_effective sets the k of rvpo; gdpo has none'),
+])
+def test_wrong_n_effective(change, message):
+    with pytest.raises(InputError, match=message): advantages(TINY, **change)
 
 
 # --- TRL's own trainer

@@ -205,7 +205,7 @@ def test_demo_leaves_what_it_says(tmp_path):
     table = pd.read_csv(out / 'table.csv', index_col='method')
     assert list(table.index) == ['gdpo', 'rvpo'] and {'length', 'notice', 'all_passed', 'worst', 'mean'} <= set(table.columns)
     logs = pd.read_parquet(out / 'log.parquet')
-    assert len(logs) == 2 * 2 * 3 and table.loc['gdpo', 'length'] == pytest.approx(logs[logs.method == 'gdpo']['reward/length/mean'].mean(), abs=0.006)
+    assert len(logs) == 2 * 2 * 3 and table.loc['gdpo', 'length'] == pytest.approx(logs[logs.method == 'gdpo']['reward/length/pass_rate'].mean(), abs=0.006)
     assert (out / 'answers.md').read_text().count('- gdpo') == 3
     before = (out / 'log.parquet').read_bytes()
     again = subprocess.run([RVPO, 'demo', '--steps', '3', '--seeds', '2', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)

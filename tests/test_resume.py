@@ -28,7 +28,7 @@ def run(folder, phase):
             finally: phase.value = before
         setattr(GRPOTrainer, name, told)
     args = GRPOConfig(output_dir=str(folder), num_generations=4, per_device_train_batch_size=8, max_completion_length=16, learning_rate=1e-3, max_steps=120,
-                      num_iterations=2, loss_type='r2vpo', ratio_penalty_lr=5.0, dynamic_sampling=1, reward_weights_end=[1.0, 2.0], k_end=4.0,
+                      num_iterations=2, loss_type='r2vpo', ratio_penalty_lr=5.0, dynamic_sampling=1, reward_weights_end=[1.0, 2.0], k_end=4.0, guard=0.9,
                       beta=0.01, save_steps=2, save_total_limit=2, disable_tqdm=True)
     rewards = rubric_rewards()
     GRPOTrainer(RUBRIC_POLICY, [rewards[0], rewards[-1]], args, train_dataset=rubric_prompts(8)).train(resume_from_checkpoint=True)

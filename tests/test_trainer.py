@@ -1,4 +1,5 @@
 """The trainer's promises that no chapter shows: missing rewards, chats, gradients, every setting."""
+import json
 import math
 import shutil
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rvpo_nb.advantage import advantages
+from rvpo_nb.advantage import advantages, attention, solve_k
+from rvpo_nb.guard import Guard
 from rvpo_nb.loss import completion_logps
 from rvpo_nb.record import checkpoints, load_dump, read_log
 from rvpo_nb.reward import call_rewards
@@ -427,3 +429,102 @@ def test_conditions_and_weights_compose(tmp_path):
     rewards = t.draw(0, [0.0, 0.0])[2]
     assert rewards[0].tolist() == [[0, -3], [1, -1], [0, -3], [1, 1]]
     assert torch.equal(t.aggregate(0, rewards)[0], advantages(rewards[..., 1:], 'rvpo', k=2.0))
+
+
+def first_and_length(): return [rubric_rewards()[i] for i in (0, -1)]
+def long(completions, **columns): return [float(len(c.split()) > 10) for c in completions]
+long.bounds = (0, 1)
+
+
+def test_n_effective_finds_k_in_every_batch_and_logs_it(tmp_path):
+    t, seen = new(tmp_path, rubric_rewards(), n_effective=3.0, num_generations=8, per_device_train_batch_size=32), []
+    aggregate = t.aggregate
+    t.aggregate = lambda step, rewards: (seen.append(rewards), aggregate(step, rewards))[1]
+    log = t.train().log_history
+    assert [x['k'] for x in log] == [solve_k(r, 3.0).item() for r in seen] and log[0]['k'] != log[1]['k']
+    assert all(x['n_effective'] == pytest.approx(3.0, rel=1e-5) for x in log)
+    k, rewards = log[1]['k'], seen[1]
+    assert torch.equal(aggregate(1, rewards)[0], advantages(rewards, k=k)) and aggregate(1, rewards)[1:] == (k, k)
+    assert log[1]['reward/length/attention'] == pytest.approx(attention(rewards, k)[..., -1].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(n_effective=0.5), 'n_effective must be at least 1, got 0.5'), (dict(n_effective=math.nan), 'n_effective must be'),
+    (dict(n_effective=2.0, aggregation='gdpo'), 'n_effective sets the k of rvpo; gdpo'), (dict(n_effective=2.0, k_end=4.0), 'takes the place of k'),
+    (dict(n_effective=2.0, k=1.0), 'takes the place of k')])
+def test_n_effective_that_cannot_be_is_refused(wrong, message):
+    with pytest.raises(InputError, match=message): GRPOConfig(**wrong)
+
+
+def test_more_rewards_than_there_are_cannot_be_heard(tmp_path):
+    with pytest.raises(InputError, match='n_effective is 3.0, but there are 2 rewards'): new(tmp_path, first_and_length(), n_effective=3.0)
+
+
+def test_weights_follow_the_pass_rates(tmp_path):
+    given = [2.0, 1.0, 0.5]
+    settings = dict(guard=1.0, reward_targets={'long': 0.9}, reward_weights=given, reward_weights_lr=2.0, max_steps=10)
+    t = new(tmp_path, [words, rubric_rewards()[0], long], **settings)
+    log, guard = t.train().log_history, Guard([None, None, 0.9], 1.0, 2.0)
+    for x in log:
+        guard.update([x[f'reward/{n}/pass_rate'] for n in t.names], [x[f'reward/{n}/dead'] for n in t.names])
+        assert [x[f'reward/{n}/weight'] for n in t.names] == pytest.approx(guard.weigh(given), rel=1e-6)
+    weights = {n: [x[f'reward/{n}/weight'] for x in log] for n in t.names}
+    assert set(weights['words']) == {2.0}, 'a reward without a threshold has no pass rate'
+    assert max(weights['point_1']) > 1
+    assert len(set(weights['long'])) > 2
+    assert not any('weight' in key for key in new(tmp_path / 'plain', [words]).train().log_history[0])
+
+
+def test_the_weights_of_a_batch_are_those_its_own_pass_rates_ask_for(tmp_path):
+    t, used = new(tmp_path, [words, long], reward_targets={'long': 1.0}, max_steps=3), []
+    aggregate = t.aggregate
+    t.aggregate = lambda step, rewards: (used.append((rewards, aggregate(step, rewards)[0])), aggregate(step, rewards))[1]
+    log = t.train().log_history
+    for x, (rewards, a) in zip(log, used): assert torch.equal(a, advantages(rewards, weights=[1.0, x['reward/long/weight']]))
+    assert log[-1]['reward/long/weight'] > 1.5
+
+
+def test_a_guarded_run_resumes_bit_for_bit(tmp_path):
+    settings = dict(guard=0.95, save_steps=3, max_steps=8)
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == 4
+    whole = new(tmp_path / 'whole', [rubric_rewards()[0], long], **settings).train().log_history
+    cut = new(tmp_path / 'cut', [rubric_rewards()[0], long], **settings)
+    cut.callbacks = [Stop()]
+    cut.train()
+    resumed = new(tmp_path / 'cut', [rubric_rewards()[0], long], **settings)
+    log = resumed.train(resume_from_checkpoint=True).log_history
+    weights = [[x[f'reward/{n}/weight'] for n in resumed.names] for x in whole]
+    assert [[x[f'reward/{n}/weight'] for n in resumed.names] for x in log] == weights and len({tuple(w) for w in weights}) > 3
+    with pytest.raises(InputError, match='made with guard = 0.95, not 0.5'):
+        new(tmp_path / 'cut', [rubric_rewards()[0], long], **settings | dict(guard=0.5)).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_from_before_a_setting_resumes_with_its_default(tmp_path):
+    new(tmp_path, [words], max_steps=1).train()
+    path = tmp_path / 'out' / 'checkpoint-1' / 'trainer_state.json'
+    state = json.loads(path.read_text())
+    assert 'guard' not in state
+    del state['setup']['reward_weights_lr']
+    path.write_text(json.dumps(state))
+    assert new(tmp_path, [words], max_steps=1).train(resume_from_checkpoint=True).global_step == 1
+    with pytest.raises(InputError, match='made with reward_weights_lr = 5.0, not 1.0'): new(tmp_path, [words], max_steps=1, reward_weights_lr=1.0).train(resume_from_checkpoint=True)
+
+
+def test_a_target_without_a_threshold_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(InputError, match="'words' has a target but says not when it passes"): new(tmp_path, [words, *first_and_length()], reward_targets={'words': 0.9})
+    with pytest.raises(InputError, match='guard needs pass rates'): new(tmp_path, [words], guard=0.8)
+
+
+def test_a_reward_that_dies_is_told_on_stderr_once(tmp_path, capsys):
+    def fades(completions, trainer_state=None, **columns): return [float(trainer_state.global_step < 3 and i % 4 > 0) for i in range(len(completions))]
+    fades.bounds = (0, 1)
+    new(tmp_path, [words, fades], guard=0.8, max_steps=14).train()
+    told = [line for line in capsys.readouterr().err.splitlines() if 'nearly died' in line]
+    assert len(told) == 1 and "the reward 'fades' has nearly died" in told[0]
+
+
+def test_neighbouring_methods_train(tmp_path):
+    for method in ('sa_mrpo', 'gd2po', 'tchebycheff'):
+        line = new(tmp_path / method, [rubric_rewards()[0], long], aggregation=method, max_steps=1, num_generations=8).train().log_history[0]
+        assert line['grad_norm'] > 0 and math.isnan(line['n_effective'])
