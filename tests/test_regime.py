@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rvpo_nb.advantage import advantages, rvpo, scores
+from rvpo_nb.advantage import advantages, dry_run, recommend_k, rvpo, scores
 from rvpo_nb.bandit import gradient, needed_pass_rate, train
-from rvpo_nb.regime import GRID, Passes, drift, dry_run, ends, follow, gap, passes_of_others, push_table, read, recommend_k, spread, trade
+from rvpo_nb.regime import GRID, Passes, drift, ends, follow, gap, passes_of_others, push_table, read, spread, trade
 from rvpo_nb.softmin import InputError
 
 MIXED = torch.tensor([[1.0, 0.3, 0.8, 0.5], [0.0, 0.6, 0.9, 0.45]], dtype=torch.float64)
@@ -187,7 +187,7 @@ def test_advice_with_missing_and_dead_rewards():
     assert advice.rates[4].isnan() and advice.rates[3] == 1 and advice.push.isfinite().all() and (advice.push[:, 3:5] == 0).all()
     keep = [0, 1, 2, 5, 6, 7, 8]
     assert torch.allclose(advice.push[:, keep], recommend_k(r[..., keep], protect=[0]).push)
-    assert recommend_k(r, protect=[3]).verdict == 'warm up'  # no spread, nothing to push
+    assert recommend_k(r, protect=[3]).verdict == 'mean'  # it always passes: nothing to protect it from
 
 
 @pytest.mark.parametrize('kwargs, says', [(dict(protect=[9]), 'from 0 to 8'), (dict(protect=[]), 'protect'), (dict(thresholds=[0.5] * 3), 'threshold'), (dict(candidates=(-1.0,)), 'k must be')])
@@ -198,3 +198,12 @@ def test_advice_refuses(kwargs, says):
 def test_advice_wants_one_batch():
     with pytest.raises(InputError): recommend_k(batch()[0])
     with pytest.raises(InputError): recommend_k(batch()[None])
+
+
+def test_what_always_passes_does_not_decide():
+    r = torch.ones(8, 16, 3)
+    assert recommend_k(r)[:2] == (0.0, 'mean')
+    r[..., 1] = (torch.rand(8, 16, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    assert recommend_k(r)[:2] == (0.0, 'mean'), 'one reward that varies and has nothing against it'
+    r[..., 2] = 0
+    assert recommend_k(r).verdict == 'warm up', 'what never passes cannot be pushed'
