@@ -109,5 +109,6 @@ def make_guard(
         if not known[names.index(n)]: raise InputError(f'the reward {n!r} has a target but says not when it passes: give its function a `threshold`')
         if n not in weighed: raise InputError(f'the reward {n!r} has a target and weight 0, which cannot be raised')
     if set(weighed) <= set(targets or ()): raise InputError('reward_targets names every reward: at least one must be left to be maximised')
-    if share is not None and not any(known): raise InputError('guard needs pass rates, and no reward says when it passes: give a function a `threshold`')
+    if share is not None and not any(k for n, k in zip(names, known) if n in weighed):
+        raise InputError('guard needs pass rates, and no reward that has a weight says when it passes: give a function a `threshold`')
     return Guard([(targets or {}).get(n) for n in names], share, lr)

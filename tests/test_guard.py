@@ -112,7 +112,8 @@ def test_constrained_grpo_is_advantage_combination_with_the_multipliers():
     (dict(targets={'format': 0.9, 'correct': 0.9}, weights=[1.0, 1.0, 0.0]), 'names every reward'),
     (dict(share=0.0), 'guard must be above 0'), (dict(share=1.1), 'guard must be'), (dict(share=math.nan), 'guard must be'),
     (dict(share=0.8, lr=0.0), 'reward_weights_lr must be positive, got 0'), (dict(share=0.8, lr=math.inf), 'reward_weights_lr'),
-    (dict(share=0.8, known=[False] * 3), 'no reward says when it passes'),
+    (dict(share=0.8, known=[False] * 3), 'no reward that has a weight says when it passes'),
+    (dict(share=0.8, weights=[0.0, 0.0, 1.0]), 'no reward that has a weight'),
 ])
 def test_what_cannot_be_a_target_is_named(change, message):
     with pytest.raises(InputError, match=message): make_guard(NAMES, **dict(known=[True, True, False]) | change)
