@@ -180,12 +180,13 @@ def report(
     rates, (first, *others) = final_rates(logs), plan.methods
     table = interval_table(rates)
     table.to_csv(output_dir / 'table.csv')
-    text = [plan.question] + [f'{setting}\n{t.droplevel("setting").T.to_string()}'.strip() for setting, t in table.groupby(level='setting', sort=False)]
+    text = ['\n'.join(filter(None, [plan.question, plan.metric])), *[f'{setting}\n{t.droplevel("setting").T.to_string()}'.strip() for setting, t in table.groupby(level='setting', sort=False)]]
     for m in others:
         d = paired(rates, m, first)
         d.to_csv(output_dir / f'{slug(m)}-less-{slug(first)}.csv')
         shown = [f'{r}{" in " + s if s else ""} {row.difference:+.2f} [{row.low:.2f}, {row.high:.2f}]' for (s, r), row in d.iterrows() if row.verdict in ('higher', 'lower')]
-        text.append(f'{m} less {first}, where the interval does not hold zero: {"; ".join(shown) or "nowhere"}')
+        known = (d.verdict != 'too few seeds').sum()
+        text.append(f'{m} less {first}: ' + (f'of {known} intervals these do not hold zero: {"; ".join(shown) or "none"}' if known else 'too few seeds for intervals'))
     for setting, part in logs.groupby('setting', sort=False):
         methods = list(part.method.unique())
         fig = Figure(figsize=(3.2 * min(4, len(methods)), 2.8 * -(-len(methods) // 4)), layout='constrained')
@@ -242,6 +243,6 @@ def main(argv=None) -> int:
         print(f'rvpo: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
-        print(f'rvpo: interrupted; {str(e) or "nothing is saved beyond the last checkpoint or batch"}. Go on with the same command (train: and --resume)', file=sys.stderr)
+        print(f'rvpo: interrupted; {str(e) or "nothing is saved beyond the last checkpoint or batch"}. Go on with the same command; of train, with --resume', file=sys.stderr)
         return 130
     return 0
