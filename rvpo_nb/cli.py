@@ -164,9 +164,9 @@ class Demo:
         logs = compare(plan, out, self.jobs)
         table = final_rates(logs).groupby('method', sort=False).mean().round(2)
         table.to_csv(out / 'table.csv')
-        answers = sample_answers(out, methods)
+        answers = sample_answers(out, list(methods))
         (out / 'answers.md').write_text(answers + '\n')
-        draw_demo(logs, methods, out / 'rewards.png')
+        draw_demo(logs, list(methods), out / 'rewards.png')
         print(table.T.to_string(), answers, story(logs), f'Figure, table, answers, log and checkpoints are in {out}/', sep='\n\n')
 
 # %% ../nbs/16_cli.ipynb #d3f56a91

@@ -211,7 +211,7 @@ def test_demo_leaves_what_it_says(tmp_path):
     again = subprocess.run([RVPO, 'demo', '--steps', '3', '--seeds', '2', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0 and (out / 'log.parquet').read_bytes() == before, 'a finished demo is read, not run again'
     other = subprocess.run([RVPO, 'demo', '--steps', '3', '--credit', '0.9', '--output', 'out'], cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert other.returncode == 2 and 'rewards' in other.stderr, 'another task is not taken for the one that was run'
+    assert other.returncode == 2 and 'terse_credit' in other.stderr, 'another task is not taken for the one that was run'
 
 
 @pytest.mark.parametrize('flags', ['--seeds 0', '--steps 0', '--credit 1.5'])
@@ -236,7 +236,7 @@ def test_no_code_from_a_model_folder_ran(home):
 
 
 def logs_of(**ends):
-    rows = [dict(method=m, seed=0, step=(1, 60)[t - 1], all_passed=0.0, **{f'reward/{n}/pass_rate': v[t - 1] for n, v in rates.items()}) for m, rates in ends.items() for t in (1, 2)]
+    rows = [dict(setting='', method=m, seed=0, step=(1, 60)[t - 1], all_passed=0.0, **{f'reward/{n}/pass_rate': v[t - 1] for n, v in rates.items()}) for m, rates in ends.items() for t in (1, 2)]
     return pd.DataFrame(rows)
 
 
