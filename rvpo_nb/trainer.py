@@ -29,7 +29,7 @@ from transformers import TrainerControl, TrainerState, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import rollout
-from .advantage import advantages, k_at, scores, solve_k
+from .advantage import aggregate, k_at, scores
 from .guard import make_guard
 from .inputs import GRPOConfig, check_rewards, check_rows, describe, encode, end_tokens, load_model, prompt_order
 from .loss import completion_logps, dual_step, normalizer_of, policy_loss
@@ -283,10 +283,7 @@ def weights(self, t):
 @patch_to(GRPOTrainer)
 def aggregate(self, t, rewards):
     "Return the advantages (prompts, group) of batch `t`, its k, and the k of the SoftMin that the method amounts to, if any."
-    a, k = self.args, k_at(t, self.batches, self.args.k, self.args.k_end)
-    if a.n_effective is not None: k = solve_k(rewards, a.n_effective, self.weights(t)).item()
-    advantage = advantages(rewards, a.aggregation, k=k, weights=self.weights(t))
-    return advantage, k, dict(gdpo=0.0, rvpo=k, hardmin=math.inf).get(a.aggregation)
+    return aggregate(rewards, self.args, self.weights(t), t, self.batches)
 
 # %% ../nbs/08_trainer.ipynb #ab328b35
 @patch_to(GRPOTrainer)
