@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lab docs notebooks readme clean
+.PHONY: demo test test-verl lab docs notebooks readme clean
 
 demo: $(BIN)/.installed  ## train the shipped policy with GDPO and RVPO, leave rvpo-demo/
 	$(BIN)/rvpo demo
 
 test: $(BIN)/.installed-dev  ## run all tests
 	$(BIN)/python -m pytest tests
+
+test-verl: .venv-verl/.installed  ## run the tests that need verl, in an environment of their own (no GPU needed; Python 3.11 or 3.12)
+	.venv-verl/bin/python -m pytest tests/verl
+	.venv-verl/bin/python tests/verl/measure.py
 
 lab: $(BIN)/.installed-dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
@@ -28,7 +32,7 @@ readme: $(BIN)/.installed-dev  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
 clean:
-	rm -rf $(VENV) _docs _proc
+	rm -rf $(VENV) .venv-verl _docs _proc
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'Could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
@@ -40,3 +44,8 @@ $(BIN)/.installed: $(BIN)/python settings.ini setup.py
 $(BIN)/.installed-dev: $(BIN)/python settings.ini setup.py
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@ $(BIN)/.installed
+
+.venv-verl/.installed: settings.ini setup.py
+	$(PYTHON) -m venv .venv-verl || { rm -rf .venv-verl; echo 'Could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv'; exit 1; }
+	.venv-verl/bin/python -m pip install -e '.[verl,judge]' pytest pytest-timeout
+	touch $@

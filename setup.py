@@ -18,7 +18,7 @@ setup(
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={key.removesuffix('_requirements'): cfg[key].split() for key in cfg if key.endswith('_requirements')}
     | {extra.split('>=')[0]: [extra] for extra in cfg['extras'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['rvpo_nb=rvpo_nb._modidx:d']},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['rvpo_nb=rvpo_nb._modidx:d'], 'verl.plugins': ['rvpo_nb=rvpo_nb.verl']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
                  'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     zip_safe=False)
