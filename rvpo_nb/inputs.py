@@ -127,25 +127,25 @@ COLUMNS = 'step group prompt completion advantage'.split()  # of the table of co
 
 def check_names(
     names: list[str],  # of the rewards
-    args,  # settings with n_effective and reward_weights
+    n_effective: float | None = None,  # rewards that shall be heard
 ):
-    "Raise `InputError` unless each reward has a name of its own, usable as a column, and the settings match their number."
+    "Raise `InputError` unless each reward has a name of its own, usable as a column, and there are enough of them."
     for n in names:
         if names.count(n) > 1: raise InputError(f'two rewards are called {n!r}; set their __name__')
         if n in COLUMNS or '/' in n: raise InputError(f'a reward cannot be called {n!r}; set its __name__')
-    if (args.n_effective or 0) > len(names): raise InputError(f'n_effective is {args.n_effective}, but there are {len(names)} rewards')
-    for field in ('reward_weights', 'reward_weights_end'):
-        if getattr(args, field, None) is not None: setattr(args, field, check_weights(getattr(args, field), len(names)))
+    if (n_effective or 0) > len(names): raise InputError(f'n_effective is {n_effective}, but there are {len(names)} rewards')
 
 
 def check_rewards(
     reward_funcs: list,
     args: GRPOConfig,  # its weights and conditions
 ) -> list[str]:  # their names
-    "Return the rewards' names, or raise `InputError`: what `check_names` finds, and conditions that do not match."
+    "Return the rewards' names, or raise `InputError`: what `check_names` finds, and weights or conditions that do not match."
     if not reward_funcs: raise InputError('reward_funcs is empty: at least one reward function is needed')
     names = [reward_name(f) for f in reward_funcs]
-    check_names(names, args)
+    check_names(names, args.n_effective)
+    for field in ('reward_weights', 'reward_weights_end'):
+        if getattr(args, field) is not None: setattr(args, field, check_weights(getattr(args, field), len(names)))
     for pair in (args.reward_conditions or {}).items():
         for n in pair:
             if n not in names: raise InputError(f'reward_conditions names {n!r}, which is not a reward; the rewards: {", ".join(names)}')

@@ -23,6 +23,7 @@ import rvpo_nb.trainer as own
 from rvpo_nb.advantage import METHODS, advantages
 from rvpo_nb.inputs import load_tokenizer
 from rvpo_nb.patients import rubric_prompts, rubric_rewards
+from rvpo_nb.record import group_metrics, reward_metrics
 from rvpo_nb.rollout import Rollouts
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY
@@ -129,7 +130,10 @@ def test_without_aggregation_everything_is_trls_own(tmp_path):
     for how in ('sum_then_normalize', 'normalize_then_sum'):
         plain = on_trl(tmp_path, ids, rewards, trl, multi_objective_aggregation=how)
         mine = on_trl(tmp_path, ids, rewards, aggregation=None, multi_objective_aggregation=how)
+        gathered, gather = [], mine.accelerator.gather
+        mine.accelerator.gather = lambda x: gathered.append(x) or gather(x)
         assert torch.equal(scored(plain)['advantages'], scored(mine)['advantages'])
+        assert any(x.shape == (12,) and x.dtype == torch.float32 for x in gathered), 'the figures are of all processes'
         assert plain._logs['advantages'] == mine._logs['advantages']
         theirs, all_of_them = plain._metrics['train'], mine._metrics['train']
         same = [name for name in theirs if name.startswith(('reward', 'frac_'))]  # old versions sample in spite of the rollout function
@@ -139,11 +143,59 @@ def test_without_aggregation_everything_is_trls_own(tmp_path):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(aggregation='rpvo'), "unknown aggregation 'rpvo'"), (dict(k=-1.0), 'k must be'), (dict(n_effective=9.0), 'n_effective is 9.0, but there are 4 rewards'),
-    (dict(k=3.0, n_effective=2.0), 'set one or the other'), (dict(aggregation='gdpo', n_effective=2.0), 'gdpo has none to set'),
+    (dict(aggregation=None, k=5.0), 'k is a setting of aggregation, which is None'), (dict(k=3.0, n_effective=2.0), 'set one or the other'), (dict(aggregation='gdpo', n_effective=2.0), 'gdpo has none to set'),
     (dict(multi_objective_aggregation='normalize_then_sum'), "replaces it: set aggregation=None to use TRL's"), (dict(scale_rewards=False), 'scale_rewards is how TRL'),
     (dict(reward_weights=[1.0, -1.0, 1.0, 1.0]), 'weight 1 is -1.0')])
 def test_settings_that_cannot_be_right_are_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(InputError, match=message): on_trl(tmp_path, *given(), **changes)
+
+
+def test_without_aggregation_nothing_is_refused_that_trl_takes(tmp_path):
+    ids, rewards = given()
+    rewards[1, 2, 3] = math.inf
+    for settings in (dict(reward_weights=[1.0, -1.0, 0.5, 1.0]), dict(reward_weights=[0.0] * 4)):
+        plain, mine = on_trl(tmp_path, ids, rewards, trl, **settings), on_trl(tmp_path, ids, rewards, aggregation='None', **settings)
+        assert torch.equal(scored(plain)['advantages'], scored(mine)['advantages'])
+
+
+def test_weights_that_change_in_the_trainer_are_heard(tmp_path):
+    "TRL reads them anew for each batch, and adds one for an environment that has a reward."
+    ids, rewards = given()
+    trainer = on_trl(tmp_path, ids, rewards)
+    trainer.reward_weights = torch.tensor([1.0, 0.0, 0.0, 3.0])
+    assert (scored(trainer)['advantages'] - advantages(rewards, weights=[1, 0, 0, 3]).flatten()).abs().max() < 1e-6
+
+
+def test_evaluation_has_groups_of_its_own_size(tmp_path):
+    ids, rewards = given()
+    trainer = on_trl(tmp_path, ids, rewards, num_generations_eval=2, per_device_eval_batch_size=12)
+    trainer.model.eval()
+    out = trainer._generate_and_score_completions([dict(prompt=p) for p in PROMPTS for _ in range(4)])
+    assert (out['advantages'] - advantages(rewards.view(6, 2, 4)).flatten()).abs().max() < 1e-6
+    assert trainer._metrics['eval']['k'] == [2.0] and not trainer._metrics['train'].get('k')
+
+
+def test_figures_are_those_of_our_own_log(tmp_path):
+    ids, rewards = given()
+    settings = dict(reward_weights=[1.0, 0.0, 2.0, 0.5])
+    trainer, names = on_trl(tmp_path, ids, rewards, **settings), [f'r{j}' for j in range(4)]
+    for f in trainer.reward_funcs: f.threshold = 0.5
+    scored(trainer)
+    ok = torch.where(rewards.isnan(), torch.nan, (rewards >= 0.5).float())
+    expected = reward_metrics(names, rewards, ok) | group_metrics(names, rewards, ok, advantages(rewards, weights=settings['reward_weights']), 2.0, settings['reward_weights'])
+    assert len(expected) > 20 and all(math.isnan(v) or trainer._metrics['train'][name] == [pytest.approx(v, abs=1e-6)] for name, v in expected.items())
+
+
+def test_rewards_in_another_order_than_trls_advantages_are_noticed(tmp_path, monkeypatch):
+    trainer = on_trl(tmp_path, *given(missing=0.05))
+    scored(trainer)
+    keep = GRPOTrainer._calculate_rewards
+    def shuffled(self, *args, **named):
+        out = keep(self, *args, **named)
+        self._rewards = out.roll(1, 0)
+        return out
+    monkeypatch.setattr(GRPOTrainer, '_calculate_rewards', shuffled)
+    with pytest.raises(RuntimeError, match='orders or aggregates rewards in another way'): scored(trainer)
 
 
 def test_trls_own_config_is_refused(tmp_path):

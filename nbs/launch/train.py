@@ -6,6 +6,7 @@ accelerate launch --config_file zero3.yaml train.py --engine trl \\
     --model Qwen/Qwen2.5-0.5B-Instruct --learning_rate 1e-6
 """
 import argparse
+import os
 from importlib import import_module
 
 import torch
@@ -26,6 +27,8 @@ add('--aggregation', default='rvpo', help='how rewards become an advantage; defa
 add('--seed', type=int, default=0, help='of data order and sampling; default: 0')
 add('--resume', action='store_true', help='go on from the newest checkpoint in output_dir')
 run = parser.parse_args()
+if run.engine == 'trainer' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    parser.error('several processes need --engine trl')
 
 # from rvpo_nb.trainer import GRPOConfig, GRPOTrainer, or
 # from rvpo_nb.trl import GRPOConfig, GRPOTrainer
