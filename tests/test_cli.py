@@ -253,3 +253,32 @@ def test_the_story_is_told_either_way(gdpo, rvpo, words):
 def test_importing_the_advantages_costs_torch_alone():
     code = 'import sys, rvpo_nb.advantage; print([m for m in ("transformers", "datasets", "matplotlib", "sympy") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ)).stdout.strip() == '[]'
+
+
+def test_a_dry_run_says_what_would_run_and_leaves_nothing(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    settings = f'model: {home / "model"}\ndata: data.jsonl\nrewards: my_rewards:both\noutput_dir: never\nmax_steps: 7\nmax_completion_length: 8\nreward_weights: [1, 2]\n'
+    (home / 'train.yaml').write_text(settings)
+    assert main('train --config train.yaml --dry-run'.split()) == 0
+    said = capsys.readouterr().out
+    for part in ('7 optimizer steps', '6 prompts', 'vowels: ', 'wanted: ', 'parameters', 'MB', "letter: 'a'", 'output: never'): assert part in said, part
+    assert not (home / 'never').exists()
+    assert main('train --config=train.yaml --max-steps 9 --dry-run --aggregation gdpo'.split()) == 0
+    said = capsys.readouterr().out
+    assert '9 optimizer steps' in said and 'aggregation: gdpo' in said, 'flags override the file'
+    assert main('train --config train.yaml --dry-run --rewards my_rewards:endless --reward-weights 1'.split()) == 2
+    assert 'infinite' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text, message', [
+    ('max_steps = ', 'cannot be read'), ('', 'holds no settings'), (None, 'cannot be read'), ('max_stepz = 3', 'max-stepz')])
+def test_a_config_that_is_none_is_refused(home, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(home)
+    path = home / ('none.yaml' if text == '' else 'none.toml')
+    path.unlink(missing_ok=True)
+    if text is not None: path.write_text(text)
+    try: code = main(['train', '--config', path.name, '--model', 'm', '--data', 'd', '--rewards', 'r:r'])
+    except SystemExit as e: code = e.code  # tyro's own word on unknown flags
+    said = capsys.readouterr()
+    assert code == 2 and message in said.err + said.out
+    assert main(['train', '--config']) == 2
