@@ -28,6 +28,7 @@ from .evaluate import EvalConfig, evaluate
 from .experiment import GDPO, PLANS, RUBRIC, RVPO, Plan, compare, read_plan, slug
 from .judge import Judge
 from .local import LocalModel
+from .report import write_html
 from .results import draw_ends, draw_rewards, final_rates, interval_table, paired, reward_names
 from .reward import first_line, load_rewards
 from .softmin import InputError
@@ -278,7 +279,7 @@ class AuditLogs:
 
     rvpo audit out
 
-    rvpo audit trl_output/completions --fail-on neglect --json audit.json
+    rvpo audit trl_output/completions --html report.html --json audit.json --fail-on neglect
 
     rvpo audit my_log.csv --group question --rewards correct,safe --thresholds safe=0.8
     """
@@ -290,6 +291,7 @@ class AuditLogs:
     k: float = 2.0  # risk aversion at which RVPO is compared
     drop: float = 0.1  # smallest fall of a pass rate that counts as neglect
     json: str | None = None  # file that gets all figures
+    html: str | None = None  # file that gets a report with figures, in one page that needs no network
     fail_on: Literal['neglect'] | None = None  # exit with 3 where a reward is neglected
 
     def run(self):
@@ -297,6 +299,7 @@ class AuditLogs:
         found = audit(self.files, group=self.group, step=self.step, rewards=columns, thresholds=self.limits(), k=self.k, drop=self.drop)
         print(found.summary())
         if self.json: Path(self.json).write_text(dumps(found.to_dict(), allow_nan=False, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+        if self.html: write_html(found, self.html)
         return 3 if self.fail_on and found.neglected else 0
 
     def limits(self):

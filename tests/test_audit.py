@@ -357,7 +357,8 @@ def test_the_command_prints_writes_json_and_fails_on_neglect(tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     log = str(Path(__file__).parents[1] / 'nbs/logs/rollouts-gdpo.parquet')
     assert main(['audit', log]) == 0 and 'NEGLECTED length' in capsys.readouterr().out
-    assert main(['audit', log, '--fail-on', 'neglect', '--json', 'audit.json']) == 3
+    assert main(['audit', log, '--fail-on', 'neglect', '--json', 'audit.json', '--html', 'report.html']) == 3
+    assert 'length' in Path('report.html').read_text() and '://' not in Path('report.html').read_text()
     [found] = json.loads(Path('audit.json').read_text())['neglected']
     assert found['reward'] == 'length' and 'point_1' in found['bought_off_by'] and found['onset_step'] <= 16
     assert main(['audit', log.replace('gdpo', 'rvpo'), '--fail-on', 'neglect']) == 0
