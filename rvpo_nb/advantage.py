@@ -335,7 +335,7 @@ def check_settings(
     if a.n_effective is None: return
     if a.aggregation != 'rvpo': raise InputError(f'n_effective sets the k of rvpo; {a.aggregation} has none to set')
     if a.k_end is not None or a.k != type(a).k: raise InputError('n_effective takes the place of k and k_end: set one or the other')
-    if not (isinstance(a.n_effective, Real) and 1 <= a.n_effective < float('inf')): raise InputError(f'n_effective must be a number from 1 on, got {a.n_effective!r}')
+    if not (isinstance(a.n_effective, Real) and 1 <= a.n_effective < float('inf')): raise InputError(f'n_effective must be at least 1, got {a.n_effective!r}')
 
 # %% ../nbs/01_advantage.ipynb #ac4d5c73
 def aggregate(
