@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import signal
+import sys
 import threading
 import time
 import tomllib
@@ -249,8 +250,9 @@ def check_runs(plan, output_dir):
                 a = GRPOConfig(**plan.args | options.get('args', {}) | fields)
                 make_guard(check_rewards(rewards, a), known, a.reward_weights, a.reward_targets, a.guard, a.reward_weights_lr)
             except (TypeError, InputError) as e: raise InputError(f'{where}, method {label!r}: {e}') from e
-    folders = [run_folder(output_dir, c) for c in plan.runs()]
-    if len(set(folders)) < len(folders): raise InputError(f'plan {plan.name}: two runs would share a folder; choose labels that differ in letters or digits')
+    folders = [run_folder(output_dir, c).name for c in plan.runs()]
+    if max((len(f.encode()) for f in folders), default=0) > 200: raise InputError(f'plan {plan.name}: the labels make folder names of more than 200 bytes; choose shorter ones')
+    if len({f.casefold() for f in folders}) < len(folders): raise InputError(f'plan {plan.name}: two runs would share a folder; choose labels that differ in letters or digits')
 
 # %% ../nbs/11_compare.ipynb #2c2d55ee
 def each_run(configs, output_dir, jobs, gpus, threads):
@@ -309,6 +311,7 @@ def deaf():
 def start_worker(devices, ask):
     "Give a process a device of its own, and no progress bar, as many would write over each other; let it end when asked to."
     import transformers
+    sys.stdout = sys.stderr  # what libraries and rewards print is no result
     transformers.utils.logging.disable_progress_bar()
     if (device := devices.get()) is not None: os.environ['CUDA_VISIBLE_DEVICES'] = device
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'SCHEDULERS', 'LEAST', 'TAKEN', 'COLUMNS', 'GRPOConfig', 'check_config', 'check_names', 'check_rewards',
-           'describe', 'check_rows', 'encode', 'prompt_order', 'load_tokenizer', 'load_weights', 'load_model',
-           'end_tokens']
+           'describe', 'check_rows', 'encode', 'render', 'prompt_order', 'load_tokenizer', 'load_weights', 'load_model',
+           'not_finite', 'end_tokens']
 
 # %% ../nbs/08_inputs.ipynb #79f973c7
 from dataclasses import dataclass
@@ -20,8 +20,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from . import neighbours  # adds its methods to METHODS
 from .advantage import check_settings, check_weights
+from .ask import SECRET, hider, known_secrets
+from .local import check_files
 from .loss import check_loss
 from .reward import first_line, reward_name
+from .rollout import out_of_memory
 from .softmin import InputError
 
 # %% ../nbs/08_inputs.ipynb #4f1702e8
@@ -40,6 +43,7 @@ class GRPOConfig:
     guard: float | None = None  # rewards without a target are heard more while they pass less often than this share of their best, such as 0.8
     reward_weights_lr: float = 5.0  # of reward_targets and guard: change of a weight per batch and unit of missing pass rate
     reward_conditions: dict[str, str] | None = None  # reward -> another that must pass, or the first counts 0 (GDPO's conditioned reward)
+    reward_timeout: float | None = None  # seconds that one call of a reward function may take; default: no limit
     num_generations: int = 8  # completions per prompt
     per_device_train_batch_size: int | None = None  # completions per forward and backward pass at most; default: 8, or one group where groups do not fit into 8
     gradient_accumulation_steps: int = 1  # passes of that size per optimizer step
@@ -115,13 +119,14 @@ def check_config(a: 'GRPOConfig'):
     for name in 'top_p min_p'.split():
         if getattr(a, name) > 1: raise InputError(f'{name} must be at most 1, got {getattr(a, name)}')
     if a.stop_strings and '' in a.stop_strings: raise InputError('stop_strings has an empty string: every completion would end at once')
+    if a.reward_timeout is not None and not 0 < a.reward_timeout < 1e9: raise InputError(f'reward_timeout must be a positive number of seconds, got {a.reward_timeout}')
     if a.max_steps != -1 and a.max_steps < 1: raise InputError(f'max_steps must be at least 1, or -1 to count epochs, got {a.max_steps}')
     check_settings(a)
     if a.batch_size % a.num_generations: raise InputError(
         f'per_device_train_batch_size x gradient_accumulation_steps = {a.batch_size} completions do not make whole groups of num_generations = {a.num_generations}')
 
 # %% ../nbs/08_inputs.ipynb #7f0ab867
-TAKEN = 'prompts completions completion_ids trainer_state log_metric log_extra'.split()  # arguments that reward functions get from the trainer
+TAKEN = 'prompts completions completion_ids trainer_state log_metric log_extra reward_timeout'.split()  # arguments that reward functions get from the trainer, or that call them
 COLUMNS = 'step group prompt completion advantage'.split()  # of the table of completions, beside the rewards
 
 
@@ -132,7 +137,7 @@ def check_names(
     "Raise `InputError` unless each reward has a name of its own, usable as a column, and there are enough of them."
     for n in names:
         if names.count(n) > 1: raise InputError(f'two rewards are called {n!r}; set their __name__')
-        if n in COLUMNS or '/' in n: raise InputError(f'a reward cannot be called {n!r}; set its __name__')
+        if n in COLUMNS or '/' in n or not n.isprintable() or not n: raise InputError(f'a reward cannot be called {n!r}; set its __name__')
     if (n_effective or 0) > len(names): raise InputError(f'n_effective is {n_effective}, but there are {len(names)} rewards')
 
 
@@ -154,9 +159,9 @@ def check_rewards(
 
 
 def describe(f) -> str:
-    "Name a reward, and the settings of one that is an object."
-    plain = {k: v for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (bool, int, float, str, tuple)) and k != '__name__'}
-    return f'{reward_name(f)} {plain}' if plain else reward_name(f)
+    "Name a reward, and the settings of one that is an object, but for what is secret: checkpoints hold the result."
+    plain = {k: v for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (bool, int, float, str, tuple)) and k != '__name__' and not SECRET.search(k)}
+    return hider(known_secrets())(f'{reward_name(f)} {plain}' if plain else reward_name(f))
 
 
 def check_rows(
@@ -168,6 +173,7 @@ def check_rows(
     if not rows: raise InputError(f'the {what} data has no rows')
     for i, row in enumerate(rows):
         if not isinstance(row, dict): raise InputError(f'row {i} of the {what} data is {row!r:.60}, not a dict of columns')
+        if wrong := [c for c in row if not isinstance(c, str)]: raise InputError(f'row {i} of the {what} data has a column {wrong[0]!r:.60}, which is no name')
         if 'prompt' not in row: raise InputError(f'row {i} of the {what} data has no column "prompt"; its columns: {", ".join(row)}')
     columns = dict.fromkeys(c for row in rows for c in row)
     for c in TAKEN:
@@ -180,21 +186,33 @@ def encode(
     prompts: list,  # strings, or lists of chat messages
     room: int,  # tokens that the context leaves for a prompt
     system_prompt: str | None = None,  # for chats that have none
+    known: int | None = None,  # tokens that the model has embeddings for
 ) -> list[list[int]]:  # token ids of each prompt
     "Tokenise prompts; chat messages go through the tokenizer's chat template. Raises `InputError` naming a bad row."
     if room < 1: raise InputError(f'max_completion_length leaves no room for a prompt: the model\'s context is {-room} tokens shorter than it')
     out = []
     for row, p in enumerate(prompts):
-        if not isinstance(p, (str, list)) or not p: raise InputError(f'row {row}: the prompt must be a non-empty string or list of chat messages, got {p!r}')
-        if system_prompt is not None:
-            if isinstance(p, str): raise InputError(f'row {row}: a system_prompt needs prompts that are lists of chat messages, got a string')
-            if p[0].get('role') != 'system': p = [dict(role='system', content=system_prompt), *p]
-        try: text = p if isinstance(p, str) else tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
-        except Exception as e: raise InputError(f'row {row}: the chat template cannot render the prompt: {first_line(e)}') from e
+        if not isinstance(p, (str, list)) or not p: raise InputError(f'row {row}: the prompt must be a non-empty string or list of chat messages, got {p!r:.60}')
+        text = p if isinstance(p, str) else render(tokenizer, p, row, system_prompt)
+        if isinstance(p, str) and system_prompt is not None: raise InputError(f'row {row}: a system_prompt needs prompts that are lists of chat messages, got a string')
+        try: text.encode()
+        except UnicodeEncodeError as e: raise InputError(f'row {row}: the prompt is no text: {e}') from None
         ids = tokenizer(text, add_special_tokens=isinstance(p, str))['input_ids']
         if not 0 < len(ids) <= room: raise InputError(f'row {row}: the prompt has {len(ids)} tokens; the model has room for 1 to {room} before max_completion_length')
+        if known is not None and max(ids) >= known:
+            raise InputError(f'row {row}: the tokenizer makes token {max(ids)} ({tokenizer.decode([max(ids)])!r}), and the model has embeddings for {known}: they do not belong together')
         out.append(ids)
     return out
+
+
+def render(tokenizer, messages, row, system_prompt=None) -> str:
+    "Make one text of chat messages. Raises `InputError` where they are none, or the tokenizer has no template for them."
+    if not all(isinstance(m, dict) and isinstance(m.get('role'), str) for m in messages): raise InputError(f'row {row}: the prompt {messages!r:.60} is no list of chat messages with a role each')
+    if getattr(tokenizer, 'chat_template', None) is None:
+        raise InputError(f'row {row}: the prompt is a list of chat messages, and the tokenizer has no chat template: use strings, or a chat model')
+    if system_prompt is not None and messages[0]['role'] != 'system': messages = [dict(role='system', content=system_prompt), *messages]
+    try: return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as e: raise InputError(f'row {row}: the chat template cannot render the prompt: {first_line(e)}') from e
 
 # %% ../nbs/08_inputs.ipynb #2962f880
 def prompt_order(
@@ -223,7 +241,8 @@ def load_weights(
     folder,  # a folder or a hub id
     dtype=torch.float32,
 ):  # a transformers causal language model
-    "Load a model from safetensors, never running code that comes with it."
+    "Load a model from safetensors, never running code that comes with it. Raises what `check_files` raises."
+    check_files(str(folder))
     return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=dtype)
 
 
@@ -239,7 +258,11 @@ def load_model(
     try:
         tokenizer = processing_class or load_tokenizer(str(model))
         if named: model = load_weights(str(model))
+    except InputError: raise
     except (OSError, ValueError, SafetensorError) as e: raise InputError(f'cannot load model {str(model)!r}: {first_line(e)}') from e
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        raise InputError(f'cannot load model {str(model)!r}: there is not enough memory for its weights') from e
     if tokenizer.eos_token_id is None: raise InputError('the tokenizer has no eos_token: completions could not end')
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     if peft_config is not None:
@@ -249,8 +272,17 @@ def load_model(
             model = get_peft_model(model, peft_config)
     low = {str(p.dtype).removeprefix('torch.') for p in model.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
     if low: raise InputError(f'the weights to be trained are {", ".join(low)}: small updates would round away; load the model in float32 and set bf16 instead')
+    if (size := len(model.get_input_embeddings().weight)) <= max(tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise InputError(f'the tokenizer ends texts with token {tokenizer.eos_token_id}, and the model has embeddings for {size}: they do not belong together')
     # eval: with dropout, the policy that learns would not be the one that sampled
-    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), tokenizer
+    model = model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
+    if broken := not_finite(model): raise InputError(f'the model cannot be used: {broken} holds NaN or infinity')
+    return model, tokenizer
+
+
+def not_finite(model) -> str | None:
+    "Name the first parameter that is not finite everywhere."
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
 
 
 def end_tokens(

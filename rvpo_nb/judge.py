@@ -11,6 +11,7 @@ __all__ = ['INSTRUCTION', 'SCHEMA', 'HIDDEN', 'TURNS', 'LONGEST', 'VERDICT', 'RE
 import asyncio
 import json
 import math
+import os
 import re
 import sqlite3
 from collections import Counter, deque
@@ -175,11 +176,12 @@ class Cache:
         path: str,  # of the file; ':memory:' keeps nothing beyond the process
     ):
         try:
+            if path != ':memory:': os.close(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600))  # sqlite gives its other files the same mode
             self.db, self.lock = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None), Lock()
             self.db.execute('PRAGMA journal_mode = WAL')
             self.db.execute('PRAGMA synchronous = NORMAL')  # a power cut may lose the latest verdicts, not the file
             self.db.execute('CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, met INTEGER, judge TEXT, said TEXT) WITHOUT ROWID')
-        except sqlite3.Error as e: raise InputError(f'the cache {str(path)!r} cannot be used: {e}') from e
+        except (sqlite3.Error, OSError, ValueError) as e: raise InputError(f'the cache {str(path)!r} cannot be used: {getattr(e, "strerror", None) or e}') from e
 
     def get(
         self,

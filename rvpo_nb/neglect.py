@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'COMPARED', 'BINS', 'RATE', 'DEFINITION', 'LOST', 'Survey', 'survey', 'find_thresholds', 'shares', 'measure',
-           'correlations', 'others', 'Tally', 'rates', 'Fall', 'find_fall', 'smoothed', 'unrest', 'windows',
-           'fit_onset', 'find_onset', 'Neglect', 'came_back', 'significant', 'risers', 'buyers', 'ratio', 'mean_change',
-           'pair_correlation', 'find_neglect', 'verdict']
+           'Tally', 'rates', 'Fall', 'find_fall', 'fit_onset', 'find_onset', 'Neglect', 'came_back', 'significant',
+           'risers', 'buyers', 'ratio', 'pair_correlation', 'find_neglect', 'verdict']
 
 # %% ../nbs/14_neglect.ipynb #0bc63e76
 import math
@@ -32,15 +31,17 @@ class Survey(NamedTuple):
     high: np.ndarray  # (rewards,): greatest
     sizes: dict  # group size -> number of groups
     steps: int  # number of different steps
+    differs: np.ndarray  # (rewards,): bool, whether the reward differs inside any group
 
-
+# %% ../nbs/14_neglect.ipynb #c46664e3
 def survey(
     log: Log,
 ) -> Survey:
     "Read all rollouts once. Raises `InputError` for logs without groups, or with no value at all."
-    kept, low, high, sizes, steps = [], np.full(len(log.names), np.inf), np.full(len(log.names), -np.inf), Counter(), set()
+    kept, low, high, sizes, steps, differs = [], np.full(len(log.names), np.inf), np.full(len(log.names), -np.inf), Counter(), set(), np.zeros(len(log.names), bool)
     for step, r in log.blocks():
-        low, high = np.fmin(low, r.nan_to_num(torch.inf).amin((0, 1)).numpy()), np.fmax(high, r.nan_to_num(-torch.inf).amax((0, 1)).numpy())
+        least, most = r.nan_to_num(torch.inf).amin(1), r.nan_to_num(-torch.inf).amax(1)
+        low, high, differs = np.fmin(low, least.amin(0).numpy()), np.fmax(high, most.amax(0).numpy()), differs | (most > least).any(0).numpy()
         sizes[r.shape[1]] += len(step)
         steps.update(np.unique(step).tolist())
         if r.shape[1] > 1 and (len(kept) < FIRST or step.min() < kept[-1][0]): kept = sorted(kept + list(zip(step.tolist(), r)), key=lambda x: x[0])[:FIRST]
@@ -50,7 +51,7 @@ def survey(
     if nothing.all(): raise InputError(f'{log.source}: no reward has a value in any row: {", ".join(map(repr, log.columns.rewards.values()))}')
     first = torch.full((len(kept), max(len(r) for _, r in kept), len(low)), torch.nan)
     for row, (_, r) in zip(first, kept): row[:len(r)] = r
-    return Survey(first, np.where(nothing, np.nan, low), np.where(nothing, np.nan, high), dict(sorted(sizes.items())), len(steps))
+    return Survey(first, np.where(nothing, np.nan, low), np.where(nothing, np.nan, high), dict(sorted(sizes.items())), len(steps), differs)
 
 # %% ../nbs/14_neglect.ipynb #df263246
 def find_thresholds(
@@ -70,7 +71,12 @@ def find_thresholds(
 COMPARED = ('grpo', 'gdpo', 'dvao', 'rvpo')
 
 
-def shares(s, r, weights, k):
+def shares(
+    s,  # Scores of the groups, from `scores`
+    r: torch.Tensor,  # (groups, group, rewards)
+    weights,  # (rewards,) or None
+    k: float,  # risk aversion of RVPO
+) -> dict:  # method -> (groups, group, rewards)
     "Split the aggregate among the rewards of each rollout (groups, group, rewards): by the factor that each z-score has in it, made to sum to 1."
     raw = s.w * s.std
     raw = raw / raw.sum(-1, keepdim=True).clamp(min=1e-300)
@@ -79,9 +85,9 @@ def shares(s, r, weights, k):
 # %% ../nbs/14_neglect.ipynb #2d78cc58
 def measure(
     r: torch.Tensor,  # (groups, group, rewards); NaN = does not apply
-    limits: torch.Tensor,  # (rewards,)
+    limits: torch.Tensor,  # (rewards,): from which value on each is passed
     weights,  # (rewards,) or None
-    k: float,
+    k: float,  # risk aversion of RVPO
 ) -> dict:  # name -> (groups, ...): sums over each group
     "Measure every group: how often rewards pass, how far they spread, and what four methods make of them."
     s, on = scores(r, weights), ~r.isnan()
@@ -94,10 +100,10 @@ def measure(
         out[f'{m} up'], out[f'{m} masked'] = (up & on).sum(1), (up & on & ~ok).sum(1)
         out[f'{m} share'] = share.sum(1)
     out['heard'] = s.counts.sum(1, keepdim=True)
-    return {name: x.double() for name, x in (out | correlations(s) | others(n, passes, weights)).items()}
+    return {name: x.double() for name, x in (out | _correlations(s) | _others(n, passes, weights)).items()}
 
 # %% ../nbs/14_neglect.ipynb #38e45eed
-def correlations(s):
+def _correlations(s):
     "Correlate rewards inside each group, over the rollouts to which both apply."
     live = s.live.double()
     n = live.mT @ live
@@ -105,7 +111,7 @@ def correlations(s):
     return dict(pairs=n > 1, rho=rho, rho2=rho ** 2)
 
 
-def others(n, passes, weights):
+def _others(n, passes, weights):
     "Average the pass rates of all rewards but one in each group."
     w = (torch.ones(n.shape[1]) if weights is None else torch.tensor(weights)).double() * (n > 0)
     rate = w * passes / n.clamp(min=1)
@@ -121,16 +127,20 @@ class Tally:
     "Sum measurements over stretches of steps, which grow when there are too many."
     def __init__(self): self.width, self.bins = 1, {}
 
-    def add(self, step, measured):
-        "Add groups (groups,)."
+    def add(
+        self,
+        step: np.ndarray,  # (groups,): whole numbers
+        measured: dict,  # name -> (groups, ...), from `measure`
+    ):
+        "Add groups to the stretches in which they lie."
         place, at = np.unique(step // self.width, return_inverse=True)
         sums = {name: torch.zeros(len(place), *x.shape[1:], dtype=torch.float64).index_add_(0, torch.from_numpy(at), x) for name, x in measured.items()}
-        for i, b in enumerate(place.tolist()): self.put(b, int(step[at == i].min()), {name: x[i] for name, x in sums.items()})
+        for i, b in enumerate(place.tolist()): self._put(b, int(step[at == i].min()), {name: x[i] for name, x in sums.items()})
         while len(self.bins) > BINS:
             self.width, old, self.bins = 2 * self.width, self.bins, {}
-            for b, (first, x) in old.items(): self.put(b // 2, first, x)
+            for b, (first, x) in old.items(): self._put(b // 2, first, x)
 
-    def put(self, b, first, sums):
+    def _put(self, b, first, sums):
         known, x = self.bins.get(b, (first, None))
         self.bins[b] = min(known, first), sums if x is None else {name: x[name] + v for name, v in sums.items()}
 
@@ -143,11 +153,15 @@ class Tally:
 def rates(
     n, passes, squares, cross, sizes, groups,  # (stretches, ...): sums over groups, as `measure` returns them
 ):  # pass rate and its variance, same shape; NaN where there is no group
-    "Estimate pass rates; the variance is that between groups, whose rollouts share a prompt, and no less than that of independent rollouts."
+    "Estimate pass rates; the variance is that between groups, whose rollouts share a prompt, and no less than the design effect of the whole log has it."
     with np.errstate(invalid='ignore', divide='ignore'):
         p, q = passes / n, (passes + 0.5) / (n + 1)
         between = (squares - 2 * p * cross + p ** 2 * sizes) / n ** 2 * groups / np.maximum(groups - 1, 1)
-        return p, np.maximum(between, q * (1 - q) / n)
+        alone, many = q * (1 - q) / n, groups > 1
+        effect = max(1.0, float(between[many].sum() / alone[many].sum())) if many.any() else 1.0
+        return p, np.maximum(between, effect * alone)
+
+
 RATE = ('n', 'passes', 'squares', 'cross', 'sizes', 'groups')
 
 # %% ../nbs/14_neglect.ipynb #0d799bc3
@@ -159,8 +173,9 @@ class Fall(NamedTuple):
     low: float  # pass rate in the last window
     z: float  # (high - low) in standard errors
     sure: float  # z from which on it is no chance
+    width: int  # stretches in a window
 
-
+# %% ../nbs/14_neglect.ipynb #a9ef66d7
 def find_fall(
     sums: dict,  # of one reward, name -> (stretches,)
     tests: int = 1,  # rewards that are looked at
@@ -171,32 +186,32 @@ def find_fall(
     w = max(1, round(size / 10))
     while 3 * w < size and sums['groups'][-w:].sum() < 4: w += 1
     if size < 2 * w or sums['groups'][-w:].sum() < 1: return None
-    p, v = rates(*(windows(sums[x], w) for x in RATE))
-    v = v + 2 * unrest(*rates(*(sums[x] for x in RATE)), w) / w
+    p, v = rates(*(_windows(sums[x], w) for x in RATE))
+    v = v + 2 * _unrest(*rates(*(sums[x] for x in RATE)), w) / w
     end, early = len(p) - 1, p[:len(p) - w]
-    few = windows(sums['groups'], w)[:len(early)] < min(4, np.median(windows(sums['groups'], w)))
+    few = _windows(sums['groups'], w)[:len(early)] < min(4, np.median(_windows(sums['groups'], w)))
     if np.isnan(np.where(few, np.nan, early)).all(): return None
     best = int(np.nanargmax(np.where(few, np.nan, early)))
-    sure = NormalDist().inv_cdf(1 - alpha / tests / max(1, size // w - 1))
-    return Fall(best, end, p[best], p[end], (p[best] - p[end]) / math.sqrt(v[best] + v[end]), sure)
+    sure = NormalDist().inv_cdf(1 - alpha / tests / len(early))
+    return Fall(best, end, p[best], p[end], (p[best] - p[end]) / math.sqrt(v[best] + v[end]), sure, w)
 
-# %% ../nbs/14_neglect.ipynb #a9ef66d7
-def smoothed(p, w):
+# %% ../nbs/14_neglect.ipynb #5bdaa48e
+def _smoothed(p, w):
     "Average w neighbours, fewer at the ends."
     w = min(w, len(p))
     return np.convolve(p, np.ones(w), 'same') / np.convolve(np.ones(len(p)), np.ones(w), 'same')
 
 
-def unrest(p, v, w):
+def _unrest(p, v, w):
     "Estimate what varies from stretch to stretch beyond the sampling of groups."
     known = ~np.isnan(p)
     p, v = p[known], v[known]
     if len(p) < 4: return 0.0
-    jumps, off = (np.diff(p) ** 2).mean() / 2, ((p - smoothed(p, w)) ** 2).mean() / max(1 - 1 / w, 0.5)
+    jumps, off = (np.diff(p) ** 2).mean() / 2, ((p - _smoothed(p, w)) ** 2).mean() / max(1 - 1 / w, 0.5)
     return max(0.0, min(jumps, off) - v.mean())
 
 
-def windows(x, w):
+def _windows(x, w):
     "Sum every w stretches that follow each other, (stretches - w + 1, ...)."
     return np.lib.stride_tricks.sliding_window_view(x, w, 0).sum(-1)
 
@@ -224,12 +239,15 @@ def fit_onset(
     return int(i[fit, 0]), int(near.min()), int(near.max()), int(j[fit, 0])
 
 # %% ../nbs/14_neglect.ipynb #9922e84d
-def find_onset(sums, fall):
-    "Return the stretches of onset, its earliest and latest guess, and the end of the fall; the fit begins after the last time that the pass rate was low and came back."
+def find_onset(
+    sums: dict,  # of one reward, name -> (stretches,)
+    fall: Fall,
+) -> list:  # of four stretches: the onset, its earliest and its latest guess, the end of the fall
+    "Date a fall by a fit that begins after the last time that the pass rate was low and came back."
     p, v = rates(*(sums[x] for x in RATE))
     at = np.flatnonzero(~np.isnan(p))
     p, v, w = p[at], v[at], max(1, round(len(at) / 10))
-    smooth = smoothed(p, w)
+    smooth = _smoothed(p, w)
     up = fall.high - (fall.high - fall.low) / 3
     last = np.flatnonzero((smooth >= up) & (at < fall.end))
     last = last[-1] if len(last) else int(np.searchsorted(at, fall.best))
@@ -237,11 +255,11 @@ def find_onset(sums, fall):
     begin = low[-1] + 1 if len(low) else 0
     begin = max(0, min(begin, len(at) - 3))
     if len(at) < 3: return at[[0, 0, 0, -1]].tolist()
-    return at[[begin + i for i in fit_onset(at[begin:].astype(float), p[begin:], v[begin:] + unrest(p, v, w))]].tolist()
+    return at[[begin + i for i in fit_onset(at[begin:].astype(float), p[begin:], v[begin:] + _unrest(p, v, w))]].tolist()
 
 # %% ../nbs/14_neglect.ipynb #e9118a52
 DEFINITION = ('Neglected: passes in the last tenth of the steps less often than in the best tenth before, by {drop:g} and a quarter at least and beyond chance, '
-              'and has not been as low for as long before and come back, while the average of the others rises or one that conflicts with it. Onset: where the fall begins, fitted by three lines. '
+              'and has not been as low for nearly as long before and come back, while the average of the others rises or one that conflicts with it. Onset: where the fall begins, fitted by three lines. '
               'Bought off by: rewards that rise meanwhile and correlate negatively with it in groups.')
 LOST = 0.75  # a reward that keeps this part of its best pass rate has slipped at worst
 
@@ -261,53 +279,76 @@ class Neglect(NamedTuple):
     sigmas: float  # size of the fall in standard errors
 
 # %% ../nbs/14_neglect.ipynb #fa80767c
-def came_back(sums, fall):
-    "Tell whether the pass rate has been low for as long before, between two times of being high."
+def came_back(
+    sums: dict,  # of one reward, name -> (stretches,)
+    fall: Fall,
+) -> bool:
+    "Tell whether the pass rate has been low for nearly as long before, three quarters of it at least, between two times of being high."
     p = rates(*(sums[x] for x in RATE))[0]
-    low = smoothed(p[~np.isnan(p)], max(1, round(len(p) / 10))) < (fall.high + fall.low) / 2
+    low = _smoothed(p[~np.isnan(p)], max(1, round(len(p) / 10))) < (fall.high + fall.low) / 2
     spells = np.diff(np.flatnonzero(np.diff(np.concatenate([[True], low, [False]]).astype(int)) != 0))  # high, low, high ... from the first high on
-    return len(spells) > 1 and spells[1::2][:-1].max(initial=0) >= spells[1::2][-1]
+    return len(spells) > 1 and spells[1::2][:-1].max(initial=0) >= 0.75 * spells[1::2][-1]
 
 
-def significant(fall, drop):
+def significant(
+    fall: Fall | None,
+    drop: float,  # smallest fall of a pass rate that counts
+) -> bool:
     "Tell whether a fall is large enough to count and no chance."
     return fall is not None and fall.high - fall.low >= drop and fall.z >= fall.sure
 
 # %% ../nbs/14_neglect.ipynb #bfebf205
-def risers(t, j, fall, start, w):
+def risers(
+    t: dict,  # sums, name -> (stretches, ...), from a Tally
+    j: int,  # the reward that fell
+    fall: Fall,
+    start: int,  # stretch of the onset
+) -> list[int]:
     "List the rewards that rise while j falls, strongest rise first."
     found = []
     for l in set(range(t['n'].shape[1])) - {j}:
-        (a, va), (b, vb) = (rates(*(t[name][at:at + w, l].sum(0) for name in RATE)) for at in (min(fall.best, start), fall.end))
+        (a, va), (b, vb) = (rates(*(t[name][at:at + fall.width, l].sum(0) for name in RATE)) for at in (min(fall.best, start), fall.end))
         if b - a > max(0.01, 2 * math.sqrt(va + vb)): found.append((a - b, l))
     return [l for _, l in sorted(found)]
 
 
-def buyers(t, j, rising, ended):
+def buyers(
+    t: dict,  # sums, as above
+    j: int,
+    rising: list[int],  # rewards that rise
+    ended: int,  # stretch in which the fall ends
+) -> list:  # of (reward, correlation)
     "List those of the rising rewards that conflict with j, strongest conflict first, each with its correlation."
     rho, error = pair_correlation(t, j, ended + 1)
     return sorted(((l, float(rho[l])) for l in rising if rho[l] < -max(0.02, 2.5 * error[l])), key=lambda x: x[1])
 
 # %% ../nbs/14_neglect.ipynb #c4a62681
-def ratio(a, b):
-    "Divide; NaN where there is nothing."
+def ratio(
+    a,  # array, or number
+    b,  # the same shape
+):  # a / b; NaN where b is not positive
+    "Divide sums by counts."
     with np.errstate(invalid='ignore', divide='ignore'): return np.where(b > 0, a / b, np.nan)
 
 
-def mean_change(t, j, best, end, w):
-    "Return by how much the other rewards' average rose between two windows, and its standard error."
-    def at(b):
-        n, x, x2 = (t[name][b:b + w, j].sum() for name in ('beside', 'rest', 'rest2'))
-        return (x / n, max(x2 / n - (x / n) ** 2, 1e-4) / n) if n else (math.nan, math.nan)
-    (a, va), (b, vb) = at(best), at(end)
-    return b - a, math.sqrt(va + vb)
-
-
-def pair_correlation(t, j, to=None):
-    "Average the correlations of reward j inside groups up to a stretch; its standard error, too."
+def pair_correlation(
+    t: dict,  # sums, name -> (stretches, ...), from a Tally
+    j: int,  # reward
+    to: int | None = None,  # stretches that count; default: all
+):  # (rewards,) and (rewards,): mean correlation with every reward, NaN where unknown, and its standard error
+    "Average the correlations of a reward with the others, taken inside groups."
     n, x, x2 = (t[name][:to, j].sum(0) for name in ('pairs', 'rho', 'rho2'))
     mean = ratio(x, n)
     return mean, np.sqrt(np.maximum(ratio(x2, n) - mean ** 2, 1e-4) / np.maximum(n, 1))
+
+
+def _mean_change(t, j, fall):
+    "Return by how much the other rewards' average rose between two windows, and its standard error."
+    def at(b):
+        n, x, x2 = (t[name][b:b + fall.width, j].sum() for name in ('beside', 'rest', 'rest2'))
+        return (x / n, max(x2 / n - (x / n) ** 2, 1e-4) / n) if n else (math.nan, math.nan)
+    (a, va), (b, vb) = at(fall.best), at(fall.end)
+    return b - a, math.sqrt(va + vb)
 
 # %% ../nbs/14_neglect.ipynb #ba815531
 def find_neglect(
@@ -318,14 +359,13 @@ def find_neglect(
     drop: float,  # smallest fall of a pass rate that counts
 ):  # list of Neglect, and the falls of all rewards
     "Find the rewards that are neglected at the end of a log."
-    w, found = max(1, round(len(steps) / 10)), []
-    falls = [find_fall({x: t[x][:, j] for x in RATE}, len(names)) for j in range(len(names))]
+    found, falls = [], [find_fall({x: t[x][:, j] for x in RATE}, len(names)) for j in range(len(names))]
     for j, fall in enumerate(falls):
         sums = {x: t[x][:, j] for x in RATE}
         if not significant(fall, drop) or fall.low > LOST * fall.high or came_back(sums, fall) or (weights and weights[j] == 0): continue
         onset, first, last, ended = find_onset(sums, fall)
-        rise, error = mean_change(t, j, fall.best, fall.end, w)
-        rising = risers(t, j, fall, onset, w)
+        rise, error = _mean_change(t, j, fall)
+        rising = risers(t, j, fall, onset)
         bought = buyers(t, j, rising, ended)
         if not (rise > max(0.01, 1.64 * error) or bought): continue
         dead = ratio(t['dead'][fall.end:, j].sum(), t['groups'][fall.end:, j].sum())
@@ -334,7 +374,15 @@ def find_neglect(
     return sorted(found, key=lambda x: x.rate_after - x.rate_before), falls
 
 # %% ../nbs/14_neglect.ipynb #60f35a91
-def verdict(name, j, neglected, fall, t, weights, drop):
+def verdict(
+    name: str,
+    j: int,  # its place among the rewards
+    neglected: list[str],
+    fall: Fall | None,
+    t: dict,  # sums, name -> (stretches, ...), from a Tally
+    weights,  # (rewards,) or None
+    drop: float,  # smallest fall of a pass rate that counts
+) -> str:
     "Say in a word what became of a reward."
     n, p = t['n'][:, j].sum(), ratio(t['passes'][:, j], t['n'][:, j])
     if weights and weights[j] == 0: return 'logged only'
@@ -346,6 +394,6 @@ def verdict(name, j, neglected, fall, t, weights, drop):
     if fall.low >= 0.95: return 'saturated'
     rho, error = pair_correlation(t, j)
     alone = not (np.abs(rho) > np.maximum(0.05, 3 * error))[np.arange(len(rho)) != j].any()
-    still = np.ptp(smoothed(p[~np.isnan(p)], max(1, round(len(p) / 10)))) < 0.15
+    still = np.ptp(_smoothed(p[~np.isnan(p)], max(1, round(len(p) / 10)))) < 0.15
     live = ratio(t['live'][:, j].sum(), t['groups'][:, j].sum())
     return 'noise?' if len(rho) > 1 and len(p) > 4 and alone and still and live > 0.8 and 0.1 < fall.low < 0.9 else 'kept'

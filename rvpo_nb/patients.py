@@ -87,6 +87,7 @@ def checked(axis, points, text, holds, forms=None) -> Rule:
 
 # %% ../nbs/05_patients.ipynb #30f56495
 def point_forms(slot):
+    "Return what a point's two sentences are, the bare name and the explanation."
     return lambda row: (terse(row['points'][slot]), POINTS[row['points'][slot]])
 
 
@@ -94,6 +95,7 @@ CRITERIA = {f'point_{j + 1}': spoken('completeness', 5, f'Explains how {{points[
 
 # %% ../nbs/05_patients.ipynb #b6563e91
 def repeats(row, answer):
+    "Say whether two sentences of an answer begin with the same word."
     about = [subject(s) for s in sentences(answer)]
     return len(set(about)) < len(about)
 
@@ -107,6 +109,7 @@ CRITERIA |= {
 
 # %% ../nbs/05_patients.ipynb #f94964ba
 def in_order(row, answer):
+    "Say whether an answer takes two or more points in the order asked for."
     said = [p for p, _ in claims(answer)]
     places = [said.index(p) for p in row['points'] if p in said]
     return len(places) > 1 and places == sorted(places)
@@ -126,6 +129,7 @@ CRITERIA |= {
 
 # %% ../nbs/05_patients.ipynb #596a7258
 def caution_forms(row):
+    "Return the two sentences that warn a patient, the bare one and the one with a reason."
     _, what, why = PATIENTS[row['patient']]
     return f'No-{what}.', f'Avoid {what}: {why}.'
 

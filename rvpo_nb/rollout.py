@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME', 'SPAN', 'COPY', 'pick', 'filters', 'Rollouts', 'join', 'left_pad', 'positions', 'Plain', 'plain_logits',
            'sample', 'shares', 'stop_at', 'Ragged', 'Packed', 'attend', 'completion_hidden', 'share_prompts', 'Steps',
-           'Shared', 'shareable']
+           'Shared', 'shareable', 'sample_parts', 'out_of_memory', 'within_memory']
 
 # %% ../nbs/06_rollout.ipynb #5642e7c0
 from contextlib import contextmanager
@@ -369,3 +369,36 @@ def shareable(
         with share_prompts(model): shared = head(completion_hidden(model, r)).float()
     except (NotImplementedError, TypeError, AttributeError, ValueError): return False
     return shared.shape == plain.shape and bool((shared - plain).abs().max() < (1e-3 if model.dtype == torch.float32 else 0.1) * plain.std())
+
+# %% ../nbs/06_rollout.ipynb #323ff34a
+def sample_parts(
+    model,
+    prompts: list[list[int]],  # token ids of each prompt
+    at_once: int,  # prompts
+    **settings,  # of `sample`
+) -> Rollouts:
+    "Sample some prompts at a time; the noise is that of all at once."
+    return join([sample(model, prompts[i:i + at_once], **settings) for i in range(0, len(prompts), at_once)])
+
+# %% ../nbs/06_rollout.ipynb #c3da323d
+def out_of_memory(
+    e: BaseException,
+) -> bool:
+    "Tell whether an exception says that the GPU or the computer has no memory left."
+    says = "can't allocate memory", 'CUDA error: out of memory', 'ALLOC_FAILED', 'bad_alloc'
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(x in str(e) for x in says)
+
+
+def within_memory(
+    work,  # f(size), which can be begun again
+    size: int,  # to begin with
+    least: int = 1,  # size that is not halved any more
+):  # work(size), size
+    "Do some work, with half the size whenever memory runs out. Raises `MemoryError` where the least size does not fit."
+    while True:
+        try: return work(size), size
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e): raise
+            if size <= least: raise MemoryError(str(e)) from e
+        size = max(least, size // 2)  # here the failed attempt and all that it held are gone
+        if torch.cuda.is_available(): torch.cuda.empty_cache()

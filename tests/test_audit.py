@@ -307,7 +307,7 @@ MALFORMED = {
     'step missing': (lambda f: broken(step=[1.0] * 4 + [np.nan] + [2.0] * 27), "column 'step', row 5: nan is no step"),
     'half a step': (lambda f: broken(step=0.5), "column 'step', row 1: 0.5 is no step"),
     'group missing': (lambda f: broken(group=[0.0] * 9 + [np.nan] * 23), "column 'group', row 10: no group"),
-    'one reward twice': (lambda f: broken().rename(columns={'a': 'rewards/x', 'b': 'reward_x'}), "two columns for one reward among 'rewards/x', 'reward_x'"),
+    'one reward twice': (lambda f: broken().rename(columns={'a': 'reward_b'}), "two columns for one reward among 'reward_b', 'b'"),
 }
 
 

@@ -96,7 +96,7 @@ def test_train_on_a_users_own_files_and_resume(home):
     (dict(model='nowhere'), ["model 'nowhere'"]),
     (dict(data='nowhere.jsonl'), ["'nowhere.jsonl' does not exist"]),
     (dict(data='noprompt.jsonl'), ['no column "prompt"', 'question']),
-    (dict(data='broken.jsonl'), ["cannot read data 'broken.jsonl'"]),
+    (dict(data='broken.jsonl'), ["'broken.jsonl', line 1"]),
     (dict(data='empty.jsonl'), ["'empty.jsonl'"]),
     (dict(data='taken.jsonl'), ["column 'completions'", 'renamed']),
     (dict(data='my_rewards.py'), ['neither .jsonl, .json, .parquet nor .csv']),
@@ -268,6 +268,20 @@ def test_a_dry_run_says_what_would_run_and_leaves_nothing(home, monkeypatch, cap
     assert '9 optimizer steps' in said and 'aggregation: gdpo' in said, 'flags override the file'
     assert main('train --config train.yaml --dry-run --rewards my_rewards:endless --reward-weights 1'.split()) == 2
     assert 'infinite' in capsys.readouterr().err
+
+
+def test_dry_runs_of_the_other_commands_leave_nothing(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    assert main(f'evaluate --task mine --data data.jsonl --rewards my_rewards:both --model {home / "model"} --output never --dry-run'.split()) == 0
+    said = capsys.readouterr().out
+    for part in ('task: mine, 6 prompts', 'vowels: ', 'wanted: ', 'parameters', "letter: 'a'", 'output: never'): assert part in said, part
+    assert main('evaluate --task rubrik --model m --output never --dry-run'.split()) == 2
+    assert main('compare conflict --seeds 0 1 --steps 3 --output never --dry-run'.split()) == 0
+    said = capsys.readouterr().out
+    for part in ('2 seeds), 0 begun or done', 'max_steps 3', 'gdpo', 'output: never'): assert part in said, part
+    assert main('demo --output never --dry-run'.split()) == 0
+    assert 'runs: 2 (2 methods x 1 settings x 1 seeds)' in capsys.readouterr().out
+    assert not (home / 'never').exists()
 
 
 @pytest.mark.parametrize('text, message', [

@@ -87,7 +87,7 @@ def test_text_that_is_no_unicode_is_named(tmp_path, name, column):
     load, rows, _ = LOADERS[name]
     path = write(tmp_path / 'set.jsonl', [rows[0], put(rows[1], column, '\ud800 x')])
     with pytest.raises(InputError) as e: load(path)
-    assert str(e.value).startswith(f"{path!r}, row 1: 'utf-8' codec can't encode")
+    assert str(e.value).startswith(f"{path!r}, line 2: 'utf-8' codec can't encode")
 
 
 @pytest.mark.parametrize('name, column, gold, said', [
@@ -117,7 +117,7 @@ def test_a_byte_order_mark(tmp_path, suffix):
     path = Path(write(tmp_path / f'a{suffix}', GSM8K))
     want = load_gsm8k(path).to_list()
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes().lstrip())
-    assert load_gsm8k(path).to_list() == want and load_prompts(path).to_list() == GSM8K
+    assert load_gsm8k(path).to_list() == want and load_prompts(path) == GSM8K
 
 
 @pytest.mark.parametrize('name', LOADERS)
@@ -233,7 +233,7 @@ def test_bfcl_paths_and_unicode(tmp_path):
     key = folder / 'possible_answer' / 'BFCL_v3_simple.json'
     assert load_bfcl(folder).to_list() == load_bfcl(folder / 'BFCL_v3_simple.json', answers=key).to_list() == load_bfcl(str(folder)).to_list()
     bfcl(tmp_path, rows=[{**BFCL[0], 'question': [USER('\ud800')]}])
-    with pytest.raises(InputError, match="BFCL_v3_simple.json', row 0: 'utf-8' codec"): load_bfcl(folder)
+    with pytest.raises(InputError, match="BFCL_v3_simple.json', line 1: 'utf-8' codec"): load_bfcl(folder)
 
 
 def test_bfcl(tmp_path):
@@ -342,4 +342,4 @@ def test_own_prompts(tmp_path):
     with pytest.raises(InputError, match='does not exist'): load_prompts('nowhere.parquet')
     with pytest.raises(InputError, match='neither'): load_prompts(str(tmp_path))
     (tmp_path / 'b.jsonl').write_text('{"prompt": ')
-    with pytest.raises(InputError, match='cannot read data'): load_prompts(str(tmp_path / 'b.jsonl'))
+    with pytest.raises(InputError, match='line 1'): load_prompts(str(tmp_path / 'b.jsonl'))

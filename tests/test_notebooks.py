@@ -87,13 +87,3 @@ def test_every_chapter_is_in_the_sidebar():
 def test_first_cell_is_title_and_subtitle_alone(name):
     "The site keeps nothing else of a cell that holds the title."
     assert re.fullmatch(r'# .+\n\n> .+\n?', ''.join(cells(name, 'markdown')[0]['source']))
-
-
-def test_pages_stage(tmp_path):
-    "nbdev can make the site's pages: it runs the import cells and looks up every name that the pages document."
-    script = tmp_path / 'stage.py'
-    script.write_text('from nbdev.serve import proc_nbs\nif __name__ == "__main__": proc_nbs(force=True)\n')
-    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(p.name for p in (ROOT / '_proc').glob('*.ipynb')) == NOTEBOOKS
-    for image in (ROOT / 'nbs' / 'images').iterdir(): assert (ROOT / '_proc' / 'images' / image.name).exists()
