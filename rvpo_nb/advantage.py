@@ -208,7 +208,7 @@ def check_weights(
     weights = [float(w) for w in weights]
     if len(weights) != m: raise InputError(f'{len(weights)} weights for {m} rewards')
     for j, w in enumerate(weights):
-        if not 0 <= w <= 1e100: raise InputError(f'weight {j} is {w}; weights are finite and non-negative: to punish a reward, flip its sign')
+        if not 0 <= w <= 1e40: raise InputError(f'weight {j} is {w}; weights are finite and non-negative, up to 1e40: to punish a reward, flip its sign')
     if not any(weights): raise InputError('all weights are 0: nothing would be learned')
     return weights
 

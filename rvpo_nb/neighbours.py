@@ -54,7 +54,7 @@ def gd2po(
 ) -> torch.Tensor:  # (..., prompts, group), 0 where dropped
     "Drop rollouts whose rewards disagree, and turn down their prompt (GD2PO, soft rule, arXiv 2606.16771, before it is whitened)."
     if s.published: raise InputError('gd2po has no published form: centring over the batch would give dropped rollouts an advantage')
-    keep = s.counts & (agreement(s) >= tau)
+    keep = s.counts & (agreement(s) >= tau - 1e-9)  # what lies on the threshold is kept, however it is rounded
     share = keep.sum(-1, keepdim=True) / s.counts.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(keep, gdpo(s, k) * share, 0)
 

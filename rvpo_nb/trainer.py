@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'ADVICE', 'FREE', 'patch_to', 'GRPOTrainer', 'passes', 'length_metrics', 'cost_metrics', 'peak_memory',
-           'check_same_run', 'hold_interrupt', 'RunFailed']
+           'adapter_settings', 'check_same_run', 'hold_interrupt', 'RunFailed']
 
 # %% ../nbs/08_trainer.ipynb #77dd874c
 import copy
@@ -81,8 +81,7 @@ class GRPOTrainer:
         self.state.max_steps = a.max_steps if a.max_steps > 0 else steps
         self.batches = math.ceil(self.state.max_steps / a.num_iterations)
         self.out, self.drawn, self.penalty = Path(a.output_dir), 0, a.ratio_penalty
-        adapter = {} if peft_config is None else {key: str(v) for key, v in sorted(peft_config.to_dict().items())}
-        self.made_of = dict(model=self.model_name, adapter=adapter, rewards=[describe(f) for f in self.reward_funcs])  # now: a reward may count its calls
+        self.made_of = dict(model=self.model_name, adapter=adapter_settings(peft_config), rewards=[describe(f) for f in self.reward_funcs])  # now: a reward may count its calls
         self.noted = defaultdict(list)  # figures that reward functions log, until the step is over
         self.set_up_computing()
 
@@ -426,6 +425,12 @@ def frozen(self) -> str:
     return self.frozen_weights
 
 
+def adapter_settings(peft_config) -> dict:
+    "List what shapes an adapter. Sets of modules are sorted: each process has an order of its own for them."
+    d = {} if peft_config is None else {k: v for k, v in peft_config.to_dict().items() if k not in ('base_model_name_or_path', 'peft_version')}
+    return {k: str(sorted(v) if isinstance(v, set) else v) for k, v in sorted(d.items())}
+
+
 def check_same_run(
     output_dir,
     saved: dict,  # setup in the checkpoint
@@ -434,7 +439,10 @@ def check_same_run(
     "Raise `InputError` naming the setting in which a resumed run differs from its checkpoint."
     for name, v in setup.items():
         before = saved.get(name, getattr(GRPOConfig, name, None))  # a setting that is newer than the checkpoint had its default
-        if before != v: raise InputError(f'{output_dir} was made with {name} = {before!r}, not {v!r}')
+        if isinstance(before, dict) and isinstance(v, dict):
+            for k in sorted(before.keys() | v.keys()):
+                if before.get(k) != v.get(k): raise InputError(f'{output_dir} was made with {name}: {k} = {before.get(k)!r}, not {v.get(k)!r}')
+        elif before != v: raise InputError(f'{output_dir} was made with {name} = {before!r}, not {v!r}')
     for name in saved.keys() - setup.keys():
         raise InputError(f'{output_dir} was made with {name} = {saved[name]!r}, which this version does not have: go on with the version that made it')
 

@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+from itertools import count
 from pathlib import Path
 from statistics import NormalDist
 
@@ -13,9 +14,12 @@ import torch
 import rvpo_nb.logs
 from rvpo_nb.advantage import advantages
 from rvpo_nb.audit import audit, draw_pass_rates
+from rvpo_nb.inputs import load_tokenizer
 from rvpo_nb.logs import read_rollouts
 from rvpo_nb.record import write_completions
 from rvpo_nb.softmin import InputError
+from rvpo_nb.task import RUBRIC_POLICY
+from rvpo_nb.trainer import GRPOConfig, GRPOTrainer
 
 probit = np.vectorize(NormalDist().inv_cdf)
 
@@ -153,6 +157,79 @@ def test_trl_parquet(fallen, tmp_path, chat):
         pd.DataFrame(dict(step=step, prompt=prompts, completion='x', **{n: part[n].to_numpy() for n in REWARDS}, advantage=0.1)).to_parquet(tmp_path / f'completions_{step:05d}.parquet')
     result = audit(str(tmp_path))
     assert is_found(result) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 480}
+
+
+def handed(log):
+    "Make reward functions that hand out a log, a step at each call, whatever the completions are."
+    def one(name):
+        calls = count(1)
+        def f(prompts, completions, **columns): return log[log.step == next(calls)][name].tolist()
+        f.__name__ = name
+        return f
+    return [one(name) for name in REWARDS]
+
+
+SMALL = dict(num_generations=8, per_device_train_batch_size=64, max_completion_length=2, max_steps=60, learning_rate=1e-6, gradient_checkpointing=False, bf16=False, seed=0)
+
+
+def test_a_run_of_trls_own_trainer(fallen, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    trl = pytest.importorskip('trl', reason='TRL is the extra trl')
+    from datasets import Dataset
+    args = trl.GRPOConfig(output_dir=str(tmp_path), log_completions=True, logging_steps=1, use_cpu=True, report_to='none', save_strategy='no', disable_tqdm=True, **SMALL)
+    prompts = Dataset.from_list([dict(prompt=f'cold {i % 9}') for i in range(96)])  # a prompt comes twice in many a step
+    trl.GRPOTrainer(str(RUBRIC_POLICY), handed(fallen), args, train_dataset=prompts, processing_class=load_tokenizer(RUBRIC_POLICY)).train()
+    result = audit(tmp_path)
+    assert is_found(result) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 480} and result.log['group_column'] == 'prompt'
+    assert result.log['left_out'] == {'advantage': 'by its name'}
+
+
+def test_a_run_of_the_books_trainer(fallen, tmp_path):
+    GRPOTrainer(RUBRIC_POLICY, handed(fallen), GRPOConfig(output_dir=str(tmp_path), log_completions=True, **SMALL), [dict(prompt=f'cold {i % 9}') for i in range(96)]).train()
+    result = audit(tmp_path)
+    assert is_found(result) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 480} and result.log['group_column'] == 'group'
+    with pytest.raises(InputError, match='log.jsonl: no column says.* and [0-9]+ more; it looks like a log of metrics'): audit(tmp_path / 'log.jsonl')
+
+
+def test_verl_dump(fallen, tmp_path):
+    "A file STEP.jsonl for each step, rows in the order in which the batch was balanced; a reward that does not apply is NaN or null."
+    for step, part in fallen.groupby('step'):
+        rows = [dict(input=r.prompt, output='x', gts=str(r.group), score=r.lost + r.gain, step=step, **{n: getattr(r, n) for n in REWARDS}, pred=str(r.group), request_id=f'{i}') for i, r in enumerate(part.itertuples())]
+        for i, row in enumerate(rows[:6]): row['still'] = math.nan if i % 2 else None
+        np.random.default_rng(step).shuffle(rows)
+        (tmp_path / f'{step}.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n')
+    result = audit(tmp_path)
+    assert is_found(result) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 480} and result.log['group_column'] == 'input'
+    assert set(result.log['left_out']) == {'gts', 'score', 'pred', 'request_id'}
+
+
+def test_numbers_that_are_no_rewards(fallen):
+    rng, n = np.random.default_rng(0), len(fallen)
+    odd = dict(kl=rng.random(n), completion_length=rng.integers(5, 90, n), lr=1e-3 - fallen.step * 1e-6, difficulty=fallen.group * .3, clock=np.arange(n) * .5, rollout_number=np.tile(np.arange(8), n // 8), seed=7,
+               code=[str(x) for x in rng.integers(0, 9, n)], run_id=3, policy_loss=rng.random(n), mean_time=rng.random(n) * 9)
+    result = audit(fallen.assign(**odd))
+    assert is_found(result) and list(result.rewards) == REWARDS and set(result.log['left_out']) == set(odd)
+    assert [result.log['left_out'][x] for x in ('kl', 'mean_time', 'difficulty', 'clock', 'code')] == ['by its name', 'a count or a time', 'never differs inside a group', 'rises from row to row', 'digits, but text']
+    said = result.summary()
+    assert 'No rewards: ' in said and 'difficulty (never' in ' '.join(said.split()) and len(said.splitlines()) <= 24
+    named = audit(fallen.assign(**odd), rewards=[*REWARDS, 'difficulty', 'kl'])
+    assert is_found(named) and list(named.rewards) == [*REWARDS, 'difficulty', 'kl'] and named.log['left_out'] == {}
+    short = fallen.assign(length=1 - fallen.lost)  # 0 and 1: a reward for being short, not a length
+    assert 'length' in audit(short).rewards
+    prefixed = fallen.rename(columns=dict(lost='reward_lost', gain='reward_gain'))  # functions of TRL may be called so, and others not
+    assert list(audit(prefixed).rewards) == REWARDS
+
+
+def test_columns_that_never_differ_are_shown_if_nothing_does():
+    result = audit(broken(a=1.0, b=0.0))
+    assert list(result.rewards) == ['a', 'b'] and result.neglected == [] and result.rewards['a']['dead'] == 1
+
+
+def test_nothing_is_kept_of_a_log_that_is_too_large(fallen, tmp_path, monkeypatch):
+    fallen.to_json(tmp_path / 'log.jsonl', orient='records', lines=True)
+    whole, log = audit(tmp_path / 'log.jsonl').to_dict(), read_rollouts(tmp_path / 'log.jsonl')
+    monkeypatch.setattr(rvpo_nb.logs, 'KEEP', 1000)
+    assert audit(log).to_dict() == whole and log.kept is None
 
 
 def test_without_steps_the_order_of_files_is_time(fallen, tmp_path):

@@ -17,7 +17,7 @@ import pandas as pd
 
 from rvpo_nb.record import read_log
 
-PHASES = dict(l='loading', s='sampling', r='rewarding', a='learning', w='saving', o='between')  # s, r, a, w are those to aim at
+PHASES = dict(l='loading', s='sampling', r='rewarding', a='learning', w='saving', o='between', f='writing the final model')
 METHODS = dict(start='l', sample='s', score='r', learn='a', save='w')
 STATE = dict(num_generations=4, per_device_train_batch_size=8, max_completion_length=16, learning_rate=1e-3, num_iterations=2, loss_type='r2vpo', ratio_penalty_lr=5.0,
              dynamic_sampling=1, reward_weights_end=[1.0, 2.0], k_end=4.0, guard=0.9, beta=0.01, save_steps=2, save_total_limit=2, disable_tqdm=True)  # these keep most state
@@ -42,10 +42,10 @@ def flags(output, **settings):
     return words
 
 
-def same_end(one, other):
+def same_end(one, other, but=('time/', 'memory/')):
     "Compare two finished runs bit for bit: weights, log but for times and memory, completions."
     for name in ('model.safetensors', 'config.json', 'tokenizer.json'): assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    logs = [[{k: v for k, v in x.items() if not k.startswith(('time/', 'memory/'))} for x in read_log(f / 'log.jsonl')] for f in (one, other)]
+    logs = [[{k: v for k, v in x.items() if not k.startswith(but)} for x in read_log(f / 'log.jsonl')] for f in (one, other)]
     assert json.dumps(logs[0]) == json.dumps(logs[1]) and logs[0]
     tables = [sorted(p.name for p in (f / 'completions').iterdir()) for f in (one, other)]
     assert tables[0] == tables[1] and len(tables[0]) == len(logs[0])
