@@ -94,7 +94,7 @@ def scores(
     live = ~x.isnan() & ((w > 0) & (published | ~dead))
     on = live.double()  # a product costs less than `where`
     r, w = x.nan_to_num(0) * on, w * on
-    c, all_w = centre(r - on * low.nan_to_num(posinf=0), on, -2), w.sum(-1, keepdim=True)
+    c, all_w = centre(torch.addcmul(r, on, low.nan_to_num(posinf=0), value=-1), on, -2), w.sum(-1, keepdim=True)
     w = w / torch.where(all_w > 0, all_w, 1)
     rounding = 0.0 if published else 8 * min(eps, torch.finfo(torch.float32).eps)
     return Scores(r, c, w, live, all_w[..., 0] > 0, deviation(c, on, -2, published), size, sum(given), rounding, published)
@@ -119,7 +119,7 @@ def centre_groups(
     s: Scores,
 ) -> torch.Tensor:  # (..., group): mean 0 in each group, exactly 0 where the group is flat
     "Subtract each group's mean, and drop what is left if it is rounding."
-    c = centre(a, s.counts, -1)
+    c = centre(centre(a, s.counts, -1), s.counts, -1)  # twice: of large numbers the first mean is rounded by more than they differ
     flat = c.abs().amax(-1, keepdim=True) <= s.rounding * size.amax(-1, keepdim=True)
     return torch.where(flat, 0, c)
 
@@ -298,9 +298,9 @@ class Heard:
         k: torch.Tensor,  # (batches,), in [0, inf]
     ):  # (batches,) mean number over rollouts with a live reward, and its derivative by ln k
         "Average the perplexity of the weights, divided by exp(KL) of the responsibilities from them."
-        mean, slope, k = 0, 0, k[:, None]
+        mean, slope, endless, k = 0, 0, bool(k.isinf().any()), k[:, None]
         for w, d, tied, most, _ in self.parts:  # d: distance of a z-score to the lowest of its rollout
-            d = torch.where(tied & k[..., None].isinf(), 0, d)  # what differs by rounding is a tie, which no k parts
+            if endless: d = torch.where(tied & k[..., None].isinf(), 0, d)  # what differs by rounding is a tie, which no k parts
             e = w * torch.exp(-torch.where(d > 0, k[..., None] * d, 0))
             total = e.sum(-1).clamp(min=1e-300)
             first, second = ((e * x).sum(-1) / total for x in (d, d * d))

@@ -97,7 +97,7 @@ class Match(NamedTuple):
 
     def __bool__(self): return self.ok
 
-
+# %% ../nbs/10_calls.ipynb #4f338130
 def match_call(
     predicted: dict,  # {'name': ..., 'parameters': {...}}, as from rvpo_nb.reward.tool_calls; anything else does not match
     expected: dict,  # {name: {parameter: [accepted values]}}; '' among them: may be left out

@@ -81,7 +81,7 @@ def loaded(load: Callable, **settings) -> Callable:
     "Make the rows of a task from a loader of rvpo_nb.data."
     return lambda data, n, seed: choose(load(*[data] if data else [], **settings), n, seed)
 
-
+# %% ../nbs/10_checks.ipynb #a0c3ee7d
 def judged(load: Callable, **settings) -> Callable:
     "Make the rows of a task with rubrics; each must have points to get."
     def rows(data, n, seed):

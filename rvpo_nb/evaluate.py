@@ -33,7 +33,7 @@ from .trainer import RunFailed, check_same_run
 # %% ../nbs/10_evaluate.ipynb #b97ec588
 @dataclass(kw_only=True)
 class EvalConfig:
-    "Settings of an evaluation; names are those of `GRPOConfig`. Raises `InputError` for those that cannot be."
+    "Set up an evaluation; names are those of `GRPOConfig`. Raises `InputError` for values that cannot be."
     output_dir: str = 'evaluation'  # gets completions.jsonl, results.json, settings.json
     num_prompts: int | None = None  # a random choice of so many; default: all, of the embedded tasks 256
     num_generations: int = 1  # completions per prompt
@@ -217,7 +217,7 @@ def add_scores(
                      notes={c: v for c, v in scores.items() if isinstance(v, str)})
         line['scores'] |= dict(tokens=len(line.pop('ids')), ended=line.pop('ended'))
 
-
+# %% ../nbs/10_evaluate.ipynb #0b5ff8e1
 def run_batches(
     task: Task,
     rows: list[dict],

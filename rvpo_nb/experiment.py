@@ -52,7 +52,7 @@ def rubric_task(
     rewards = rubric_rewards(notice=notice, seed=seed, criteria=criteria, **judge)
     return policy or (RUBRIC_POLICY if criteria == NINE else LADDER_POLICY), rewards, rubric_prompts(512, seed, criteria)
 
-
+# %% ../nbs/11_compare.ipynb #5282dc6d
 def toolcall_task(
     seed: int,
     rewards: list[str] | None = None,  # names of the rewards that are used; default: all seven
@@ -110,7 +110,7 @@ class Plan:
                     common=', '.join(f'{k} {v}' for k, v in self.args.items()), runs=len(self.runs()))
         with pd.option_context('display.max_colwidth', None): return pd.DataFrame({self.name: rows}).to_html()
 
-
+# %% ../nbs/11_compare.ipynb #1b82af5b
 def check_plan(plan):
     "Raise `InputError` for a plan that is not fair, or has another shape."
     where = f'plan {plan.name}'
@@ -132,7 +132,7 @@ def read_plan(
 ) -> Plan:
     "Read a plan. Raises `InputError` for a file that is none."
     try: return Plan(**{'name': Path(path).stem} | tomllib.loads(Path(path).read_text()))
-    except (OSError, tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError) as e: raise InputError(f'{path} is no plan: {e}') from e
+    except (OSError, tomllib.TOMLDecodeError, TypeError, UnicodeDecodeError, RecursionError) as e: raise InputError(f'{path} is no plan: {e}') from e
 
 # %% ../nbs/11_compare.ipynb #1c78f364
 def environment() -> dict:
@@ -156,7 +156,7 @@ def first_policy(
         os.replace(part, final)
     return {k: v for k, v in options.items() if k != 'pretrain'} | dict(policy=str(final))
 
-
+# %% ../nbs/11_compare.ipynb #c7105af9
 RUN = ['plan', 'setting', 'method', 'seed']  # what names a run
 
 
@@ -307,7 +307,7 @@ def deaf():
     finally:
         if main: signal.signal(signal.SIGINT, before)
 
-
+# %% ../nbs/11_compare.ipynb #9f04bd20
 def start_worker(devices, ask):
     "Give a process a device of its own, and no progress bar, as many would write over each other; let it end when asked to."
     import transformers
@@ -326,7 +326,7 @@ def obey(ask):
         time.sleep(0.5)
     os._exit(1)
 
-# %% ../nbs/11_compare.ipynb #9f04bd20
+# %% ../nbs/11_compare.ipynb #52dd7bef
 def write_tables(logs, folders, output_dir):
     "Write log.parquet and runs.parquet."
     runs = logs[RUN].drop_duplicates().reset_index(drop=True)
@@ -337,7 +337,7 @@ def write_tables(logs, folders, output_dir):
 
 
 def slim(
-    logs: pd.DataFrame,
+    logs: pd.DataFrame,  # from compare
 ) -> pd.DataFrame:  # float32, without losses, spreads, attention, and means of rewards that are their own pass rate
     "Drop from logs what figures do not need, so that they can be committed."
     doubled = [c for c in logs.columns if c.endswith('/mean') and c.startswith('reward/') and logs[c].equals(logs.get(c[:-4] + 'pass_rate'))]

@@ -70,12 +70,16 @@ def digest(
 def check_files(
     model: str,  # a folder or hub id
 ):
-    "Raise `InputError` where a model's files ask for pickles, for files elsewhere, or for code. Raises `OSError` or `ValueError` for files that cannot be read."
+    """Check that a model's files ask neither for pickles, nor for files elsewhere, nor for code.
+
+    Raises `InputError` where they do, `OSError` or `ValueError` for files that cannot be read."""
     base = read_json(model, 'adapter_config.json').get('base_model_name_or_path')
     for name in filter(None, (model, base)):
         for shard in set((read_json(name, 'model.safetensors.index.json').get('weight_map') or {}).values()):
-            if not re.fullmatch(r'\w[\w.-]*\.safetensors', str(shard)): raise InputError(f'cannot load model {name!r}: its index names {shard!r}; weights come from safetensors files beside it alone')
-        for code in kernels(read_json(name, 'config.json')): raise InputError(f'cannot load model {name!r}: its config asks for code from the hub, {code!r}')
+            if not re.fullmatch(r'\w[\w.-]*\.safetensors', str(shard)):
+                raise InputError(f'cannot load model {name!r}: its index names {shard!r}; weights come from safetensors files beside it alone')
+        for code in kernels(read_json(name, 'config.json')):
+            raise InputError(f'cannot load model {name!r}: its config asks for code from the hub, {code!r}')
 
 
 def read_json(
@@ -83,7 +87,8 @@ def read_json(
 ) -> dict:  # empty where there is none
     "Read a JSON file of a model."
     from transformers.utils import cached_file
-    path = cached_file(model, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False)
+    path = cached_file(model, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+                       _raise_exceptions_for_connection_errors=False)
     try: found = json.loads(Path(path).read_text(encoding='utf-8')) if path else {}
     except RecursionError: raise ValueError(f'{file} nests too deep') from None
     if not isinstance(found, dict): raise ValueError(f'{file} is no JSON object')
@@ -91,7 +96,7 @@ def read_json(
 
 
 def kernels(config) -> list[str]:
-    "List the implementations that a config names by an address, its parts' included."
+    "List the implementations that a config and its parts name by an address."
     if not isinstance(config, dict): return []
     named = [str(v) for key, v in config.items() if key.endswith('_implementation') and '/' in str(v)]
     return named + [code for part in config.values() for code in kernels(part)]

@@ -318,7 +318,7 @@ def read_rollouts(
     here = isinstance(files, (str, Path)) or (isinstance(files, (list, tuple)) and all(isinstance(f, (str, Path)) for f in files))
     paths = log_files(files) if here else []
     tables = _from_files(paths) if here else _from_memory(files)
-    name, head, _ = next(tables(None, 10_000), (str(files)[:200], pd.DataFrame(), 1))
+    name, head, _ = next(tables(None, 10_000), (str(paths[0]), pd.DataFrame(), 1))
     if not len(head): raise InputError(f'{name}: no rows')
     columns = find_columns(head, name, group, step, rewards)
     for path in paths[1:] if rewards is None else []:

@@ -218,7 +218,7 @@ def gold_answer(
     if not _readable(gold): raise InputError(f'solution, row {row}: the answer {gold!r:.100} can be read neither as mathematics nor as words')
     return gold
 
-
+# %% ../nbs/03_maths.ipynb #9cd1dd17
 def accuracy_reward(
     completions: list,  # strings or lists of chat messages
     solution: list,  # gold answers: bare, in a box, or at the end of a worked solution ("... #### 72")

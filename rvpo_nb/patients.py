@@ -192,7 +192,8 @@ def rubric_names(
     "List the criteria of a rubric. Raises `InputError` for unknown or repeated names, or a number that the ladder does not have."
     pair = (criteria, criteria) if isinstance(criteria, int) else tuple(criteria)
     if all(isinstance(c, int) for c in pair):
-        if len(pair) != 2 or not 5 <= pair[0] <= pair[1] <= len(LADDER): raise InputError(f'criteria: a question has 5 to {len(LADDER)}, not {criteria!r}')
+        if len(pair) != 2 or not 5 <= pair[0] <= pair[1] <= len(LADDER):
+            raise InputError(f'criteria: a question has 5 to {len(LADDER)}, not {criteria!r}')
         return LADDER[:pair[1]], pair[0]
     if unknown := [c for c in pair if c not in CRITERIA]: raise InputError(f'criteria: {unknown} are unknown; there are {", ".join(CRITERIA)}')
     if len(set(pair)) < len(pair): raise InputError(f'criteria: each may come once, not {pair}')

@@ -201,8 +201,8 @@ def put(
 
 # %% ../nbs/08_record.ipynb #bd80d259
 def remove(path: Path):
-    "Delete a file or a folder, if there is one."
-    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+    "Delete a file, a link or a folder, if there is one."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
 
@@ -394,7 +394,7 @@ def alone(
     HELD.add(fd)
     try:
         lock(fd, folder)
-        with writing(folder): os.ftruncate(fd, 0), os.pwrite(fd, f'process {os.getpid()} on {socket.gethostname()}'.encode(), 0)
+        with writing(folder): os.ftruncate(fd, 0), os.write(fd, f'process {os.getpid()} on {socket.gethostname()}'.encode())
         yield
     finally:
         if fd in HELD: HELD.remove(fd), os.close(fd)
@@ -406,7 +406,7 @@ def lock(fd, folder):
         if not fcntl: raise OSError('this system has no such locks')
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        who = os.pread(fd, 200, 0).decode(errors='replace')
+        who = os.read(fd, 200).decode(errors='replace')
         raise InputError(f'{folder} is in use by another run{who and f" ({who})"}: wait for it, stop it, or choose another output_dir') from None
     except OSError as e: print(f'{folder} cannot be locked ({e.strerror or e}): see to it that no second run writes there', file=sys.stderr)
 

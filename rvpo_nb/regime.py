@@ -82,7 +82,7 @@ def gap(
 
 
 def z_scores(
-    group: int,
+    group: int,  # rollouts per group
 ):  # two tensors (group,): of a pass and of a fail, beside 0, 1 ... passing others; 0 where all are alike
     "List the z-scores that a binary reward can have in a group."
     c = torch.arange(group, dtype=torch.float64)
@@ -91,7 +91,7 @@ def z_scores(
 # %% ../nbs/13_map.ipynb #988f8a86
 def mean_gap(
     rates: torch.Tensor,  # (..., 2, rewards)
-    group: int,
+    group: int,  # rollouts per group
     weights: torch.Tensor,  # (rewards,), from 1 on
 ) -> torch.Tensor:  # (..., group - 1)
     "Compute the same gap for the mean of the live z-scores."

@@ -187,7 +187,7 @@ def _about(a: Audit) -> str:
              'group sizes': ', '.join(f'{size} ({n:,} groups)' for size, n in sizes[:12]) + (' …' if len(sizes) > 12 else ''),
              'column of steps': text(log['step_column'] or 'none: each file is a step'), 'column of groups': text(log['group_column']),
              'rewards': ', '.join(map(label, a.rewards)), 'weights': ', '.join(f'{w:g}' for w in log['weights']) if log['weights'] else 'all 1',
-             'k of RVPO': f'{log["k"]:g}', 'least fall that counts': f'{log["drop"]:g}', 'numbers taken for no reward': '; '.join(f'{label(n)}: {text(why)}' for n, why in log['left_out'].items()) or 'none',
+             'k of RVPO': f'{log["k"]:g}', 'least fall that counts': f'{log["drop"]:g}', 'not taken for rewards': '; '.join(f'{label(n)}: {text(why)}' for n, why in log['left_out'].items()) or 'none',
              'versions': ', '.join([f'Python {platform.python_version()}', *(f'{p} {version(p)}' for p in ('rvpo_nb', 'torch', 'numpy', 'matplotlib'))])}
     return '<dl>' + ''.join(f'<dt>{what}</dt><dd>{x}</dd>' for what, x in facts.items()) + '</dl>'
 
@@ -210,14 +210,15 @@ thead th { background: var(--soft); vertical-align: bottom } th[scope=row], thea
 .lost { font-weight: 700 } abbr { text-decoration: none } td[class^=n], td[class^=p] { color: #111; print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .n0, .p0 { background: #fff } .n1 { background: #fdebd8 } .n2 { background: #fbd3a8 } .n3 { background: #f5b074 } .n4 { background: #e98d45 }
 .p1 { background: #e3eef8 } .p2 { background: #c2dbf0 } .p3 { background: #94c1e6 } .p4 { background: #62a3d8 }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1rem; font-size: .9rem } dt { font-weight: 600 } dd { margin: 0 }
+dl { display: grid; grid-template-columns: 8.5rem 1fr; gap: .2rem 1rem; font-size: .9rem } dt { font-weight: 600 } dd { margin: 0 }
+.wide { font-size: .8rem } .wide th, .wide td { padding: .2rem .25rem }
 footer { margin-top: 2rem; padding-top: .5rem; border-top: 1px solid var(--line); font-size: .85rem }
 '''
 
 # %% ../nbs/14_the_report.ipynb #e7c0de8f
 CSS = SCREEN + '''
 @media screen and (prefers-color-scheme: dark) { :root { --fg: #e6e6e3; --bg: #161616; --soft: #262626; --line: #565652 } }
-@media print { html { font-size: 10pt } body { max-width: none; padding: 0 } .scroll { overflow: visible; border: 0 } table { font-size: 7.5pt; min-width: 0 } th, td { padding: 1pt 3pt }
+@media print { html { font-size: 10pt } body { max-width: none; padding: 0 } .scroll { overflow: visible; border: 0; break-inside: avoid } table { font-size: 7.5pt; min-width: 0 } th, td { padding: 1pt 3pt }
 th[scope=row] { min-width: 14ch } .wide { font-size: 5pt } .wide th, .wide td { padding: 1pt } tr { break-inside: avoid } .many { grid-template-columns: repeat(4, 1fr) } @page { margin: 15mm } }
 '''
 

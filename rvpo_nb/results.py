@@ -43,7 +43,7 @@ def rate_columns(
     known = lambda n: logs[f'reward/{n}/pass_rate'].notna().any() or f'reward/{n}/mean' not in logs
     return {f'reward/{n}/' + ('pass_rate' if known(n) else 'mean'): n for n in reward_names(logs)}
 
-
+# %% ../nbs/11_results.ipynb #e5cc04c6
 def smooth(
     logs: pd.DataFrame,  # from compare
     window: int = WINDOW,  # steps; fewer at the start
@@ -58,7 +58,7 @@ def smooth(
     there = rates[[n for c, n in columns.items() if c.endswith('pass_rate')]]
     return rates.assign(worst=there.min(axis=1), mean=there.mean(axis=1))
 
-
+# %% ../nbs/11_results.ipynb #245a086a
 def final_rates(
     logs: pd.DataFrame,  # from compare
     window: int = WINDOW,
@@ -117,7 +117,7 @@ def interval_table(
     rates = rates[list(columns)] if columns else rates
     return rates.groupby(level=RUN[1:3], sort=False).agg(text)
 
-
+# %% ../nbs/11_results.ipynb #d9f80415
 def paired(
     rates: pd.DataFrame,  # from final_rates or best_rates
     method: str,
@@ -158,7 +158,7 @@ def draw_rewards(
     if all(c.endswith('pass_rate') for c in columns): ax.set_ylim(-0.03, 1.03)
     finish(ax, 'step', 'pass rate', method if title is None else title)
 
-
+# %% ../nbs/11_results.ipynb #4b5b53c1
 def draw_rate(
     ax,  # matplotlib axes
     logs: pd.DataFrame,  # from compare, one setting
@@ -173,7 +173,7 @@ def draw_rate(
         band(ax, runs.columns, torch.tensor(runs.values), method, i)
     finish(ax, 'step', rate)
 
-
+# %% ../nbs/11_results.ipynb #3c3d4cfb
 def draw_ends(
     ax,  # matplotlib axes
     logs: pd.DataFrame,  # from compare, one setting

@@ -121,9 +121,10 @@ def _answers(reward_funcs, columns, seconds=None):
     out = []
     for f in reward_funcs:
         try:
-            with time_limit(seconds): out.append(f(**{c: own(v) for c, v in columns.items()}))
+            with time_limit(seconds): answer = f(**{c: own(v) for c, v in columns.items()})
         except KeyboardInterrupt: raise
-        except BaseException as e: out.append(e)
+        except BaseException as e: answer = e
+        out.append(answer)
     waiting = [i for i, v in enumerate(out) if inspect.isawaitable(v)]
     if not waiting: return out
     answers = asyncio.run_coroutine_threadsafe(_together([out[i] for i in waiting], seconds), event_loop())

@@ -88,7 +88,8 @@ def pretrain(
     torch.manual_seed(seed)
     size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128)
     model = Qwen2ForCausalLM(Qwen2Config(**dict(
-        vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | size | config))
+        vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | size | config))
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), np.random.default_rng(seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
@@ -97,7 +98,7 @@ def pretrain(
     model.save_pretrained(output_dir), tokenizer.save_pretrained(output_dir)
     return model
 
-
+# %% ../nbs/05_task.ipynb #8398e37a
 def imitation(
     tokenizer,
     pairs: list[tuple[str, str]],  # prompt, answer

@@ -24,7 +24,8 @@ from .task import pretrain
 # %% ../nbs/05_tools.ipynb #e62d4a8a
 VERBS = 'book find plan move share rate check join open send print save'.split()
 DESTRUCTIVE = 'cancel delete remove erase'.split()
-NOUNS = 'table room flight taxi tour party lesson meeting show trip visit game report song photo ticket car hotel class concert dinner lunch race walk'.split()
+NOUNS = ('table room flight taxi tour party lesson meeting show trip visit game '
+         'report song photo ticket car hotel class concert dinner lunch race walk').split()
 KINDS = {'in': ('city town place', 'Oslo Rome Lima Cairo Delhi Tokyo Paris Bonn'),
          'on': ('day date when', 'Monday Tuesday Wednesday Thursday Friday Saturday Sunday'),
          'for': ('guests seats people', '2 3 4 5 6 7 8 9'),

@@ -212,7 +212,7 @@ def add_estimators(module):  # verl.trainer.ppo.core_algos
         if getattr(module.ADV_ESTIMATOR_REGISTRY.get(name), '__module__', None) == __name__: del module.ADV_ESTIMATOR_REGISTRY[name]  # of an earlier import
         module.register_adv_est(name)(f)
 
-
+# %% ../nbs/15_verl.ipynb #f1409696
 def hook_older(module):  # verl.trainer.ppo.ray_trainer
     "Let the older trainer's function show the estimator the scores that lie in its batch."
     original = getattr(module, 'compute_advantage', None)
@@ -227,7 +227,7 @@ def hook_older(module):  # verl.trainer.ppo.ray_trainer
     for m in [m for name, m in sys.modules.items() if name.startswith('verl.')] + [module]:  # some have imported it by name
         if vars(m).get('compute_advantage') is original: m.compute_advantage = compute_advantage
 
-# %% ../nbs/15_verl.ipynb #f1409696
+# %% ../nbs/15_verl.ipynb #10a41297
 def look(
     trainer,  # of V1
     batch,  # keys, tags and partition of the rows in the queue
@@ -242,7 +242,7 @@ def look(
     each = trainer.parameter_sync_step  # batches to a step
     return Seen(rows, *final_rows(batch.keys, batch.tags), (trainer.global_steps - 1) * each + trainer.local_trigger_step, trainer.total_training_steps * each)
 
-
+# %% ../nbs/15_verl.ipynb #3014809f
 def figures(
     settings: Settings, groups, advantage, k, softmin_k,  # what the estimator left
 ) -> dict:
@@ -252,7 +252,7 @@ def figures(
     found = reward_metrics(settings.keys, groups, ok) | group_metrics(settings.keys, groups, ok, advantage, softmin_k, settings.weights) | dict(k=k)
     return {name if '/' in name else f'rvpo/{name}': v for name, v in found.items() if isfinite(v)}
 
-
+# %% ../nbs/15_verl.ipynb #2bf6b83e
 def hook_v1(module):  # verl.trainer.ppo.v1.trainer_base
     "Let the V1 trainer show the estimator what the queue holds, and log it."
     trainer = getattr(module, 'PPOTrainer', None)

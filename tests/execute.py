@@ -4,6 +4,7 @@ nbdev tests notebooks without saving what they print, and Jupyter's own runner k
 skips the cells that the tests skip (`#| eval: false`, and the flags in settings.ini), keeps their stored output, drops
 what goes to stderr (progress bars, warnings), and cleans the result, so that a second run changes nothing.
 """
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault('DS_ACCELERATOR', 'cpu')  # DeepSpeed, where it is installed, would print that it looks for one
 
 
 class Runner(NotebookClient):

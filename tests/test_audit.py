@@ -117,10 +117,14 @@ def test_finds_a_planted_fall(shape):
 def fallen(): return planted('ramp', 3)[1]
 
 
-def is_found(result):
+@pytest.fixture(scope='module')
+def brief(): return planted('sudden', 0, steps=30, groups=4)[1]
+
+
+def is_found(result, onset=.3, steps=60):
     found = json.loads(json.dumps(result.to_dict(), allow_nan=False))['neglected']
     assert [(n['reward'], n['bought_off_by']) for n in found] == [('lost', ['gain'])]
-    assert abs((found[0]['onset_step'] - 1) / 59 - .3) < .1
+    assert abs((found[0]['onset_step'] - 1) / (steps - 1) - onset) < .1
     return True
 
 
@@ -163,31 +167,33 @@ def handed(log):
     "Make reward functions that hand out a log, a step at each call, whatever the completions are."
     def one(name):
         calls = count(1)
-        def f(prompts, completions, **columns): return log[log.step == next(calls)][name].tolist()
+        def f(prompts, completions, **columns):
+            if len(completions) < 9: return [0.5] * len(completions)  # the book's trainer tries each reward on two first
+            return log[log.step == next(calls)][name].tolist()
         f.__name__ = name
         return f
     return [one(name) for name in REWARDS]
 
 
-SMALL = dict(num_generations=8, per_device_train_batch_size=64, max_completion_length=2, max_steps=60, learning_rate=1e-6, gradient_checkpointing=False, bf16=False, seed=0)
+SMALL = dict(num_generations=8, per_device_train_batch_size=32, max_completion_length=2, max_steps=30, learning_rate=1e-6, gradient_checkpointing=False, bf16=False, seed=0)
 
 
-def test_a_run_of_trls_own_trainer(fallen, tmp_path, monkeypatch):
+def test_a_run_of_trls_own_trainer(brief, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     trl = pytest.importorskip('trl', reason='TRL is the extra trl')
     from datasets import Dataset
-    args = trl.GRPOConfig(output_dir=str(tmp_path), log_completions=True, logging_steps=1, use_cpu=True, report_to='none', save_strategy='no', disable_tqdm=True, **SMALL)
+    args = trl.GRPOConfig(output_dir=str(tmp_path), log_completions=True, logging_steps=1, num_completions_to_print=1, use_cpu=True, report_to='none', save_strategy='no', disable_tqdm=True, **SMALL)
     prompts = Dataset.from_list([dict(prompt=f'cold {i % 9}') for i in range(96)])  # a prompt comes twice in many a step
-    trl.GRPOTrainer(str(RUBRIC_POLICY), handed(fallen), args, train_dataset=prompts, processing_class=load_tokenizer(RUBRIC_POLICY)).train()
+    trl.GRPOTrainer(str(RUBRIC_POLICY), handed(brief), args, train_dataset=prompts, processing_class=load_tokenizer(RUBRIC_POLICY)).train()
     result = audit(tmp_path)
-    assert is_found(result) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 480} and result.log['group_column'] == 'prompt'
+    assert is_found(result, .4, 30) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 120} and result.log['group_column'] == 'prompt'
     assert result.log['left_out'] == {'advantage': 'by its name'}
 
 
-def test_a_run_of_the_books_trainer(fallen, tmp_path):
-    GRPOTrainer(RUBRIC_POLICY, handed(fallen), GRPOConfig(output_dir=str(tmp_path), log_completions=True, **SMALL), [dict(prompt=f'cold {i % 9}') for i in range(96)]).train()
+def test_a_run_of_the_books_trainer(brief, tmp_path):
+    GRPOTrainer(RUBRIC_POLICY, handed(brief), GRPOConfig(output_dir=str(tmp_path), **SMALL), [dict(prompt=f'cold {i % 9}') for i in range(96)]).train()
     result = audit(tmp_path)
-    assert is_found(result) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 480} and result.log['group_column'] == 'group'
+    assert is_found(result, .4, 30) and list(result.rewards) == REWARDS and result.log['group_sizes'] == {8: 120} and result.log['group_column'] == 'group'
     with pytest.raises(InputError, match='log.jsonl: no column says.* and [0-9]+ more; it looks like a log of metrics'): audit(tmp_path / 'log.jsonl')
 
 
@@ -211,7 +217,7 @@ def test_numbers_that_are_no_rewards(fallen):
     assert is_found(result) and list(result.rewards) == REWARDS and set(result.log['left_out']) == set(odd)
     assert [result.log['left_out'][x] for x in ('kl', 'mean_time', 'difficulty', 'clock', 'code')] == ['by its name', 'a count or a time', 'never differs inside a group', 'rises from row to row', 'digits, but text']
     said = result.summary()
-    assert 'No rewards: ' in said and 'difficulty (never' in ' '.join(said.split()) and len(said.splitlines()) <= 24
+    assert 'Not taken for rewards' in said and 'difficulty (never differs' in ' '.join(said.split()) and len(said.splitlines()) <= 24
     named = audit(fallen.assign(**odd), rewards=[*REWARDS, 'difficulty', 'kl'])
     assert is_found(named) and list(named.rewards) == [*REWARDS, 'difficulty', 'kl'] and named.log['left_out'] == {}
     short = fallen.assign(length=1 - fallen.lost)  # 0 and 1: a reward for being short, not a length
@@ -364,6 +370,7 @@ MALFORMED = {
     'one rollout per group': (lambda f: broken(group=range(32)), "table: column 'group' gives every rollout a group of its own"),
     'all NaN': (lambda f: broken(a=np.nan, b=np.nan), "no reward has a value in any row: 'a', 'b'"),
     'no rows': (lambda f: broken().iloc[:0], 'table: no rows'),
+    'no rows in parquet': (lambda f: [broken().iloc[:0].to_parquet(f / 'x.parquet'), f / 'x.parquet'][1], 'x.parquet: no rows'),
     'no rows in csv': (text('x.csv', 'step,group,a\n'), 'x.csv: no rows'),
     'empty file': (text('x.csv', ''), 'x.csv: the file is empty'),
     'no reward': (lambda f: broken()[['step', 'group', 'prompt']], "no column with a reward.*'step', 'group', 'prompt'"),

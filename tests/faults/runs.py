@@ -72,7 +72,7 @@ class Server:
         "Begin a run in another process, and return its id; `more` is Python that is run there first."
         return self.ask('run', flags(output, **settings), str(self.folder / f'{output}.err'), more)
 
-    def phase(self, seconds=60.0):
+    def phase(self, seconds=300.0):
         "Wait for the next phase that begins; None after that time."
         return os.read(self.told, 1).decode() if select.select([self.told], [], [], seconds)[0] else None
 

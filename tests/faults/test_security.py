@@ -34,7 +34,6 @@ from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
 from rvpo_nb.trainer import GRPOTrainer, RunFailed
 
 MODULES = sorted(Path(rvpo_nb.__file__).parent.glob('*.py'))
-RVPO = Path(sys.executable).parent / 'rvpo'
 
 
 class Evil:
@@ -268,7 +267,7 @@ def test_hostile_tables_and_settings_run_nothing(tmp_path, fault_row):
     with Listener() as there:
         for path in hostile_tables(tmp_path, ran, f'{there.url}/picture.png'):
             found = attempt(audit, path)
-            assert found is not None and 'good' in found.rewards, refused
+            assert 'good' in found.rewards if found else path.name in ('11.parquet', '22.parquet'), (path.name, refused)  # metadata that are no JSON
             for rows in (attempt(load_prompts, path), attempt(lambda p: list(read_rows(p)), path)): assert rows is None or len(rows) == 16 and rows[0]['prompt'] == 'a'
         assert not there.heard, 'an address in a table is not visited'
     rows = [dict(prompt='=cmd|" /C calc"!A0', x='__import__("os").system("touch ran")'), dict(prompt='\x1b]0;x\x07', x='{{ 7 * 7 }}')]
@@ -322,17 +321,18 @@ def test_an_audit_runs_nothing_that_lies_in_the_folder_and_steers_no_terminal(tm
         (tmp_path / f'{name}.py').write_text(f'open({str(ran)!r}, "w")\n')
     parquet.write_table(table().rename_columns(['prompt', 'group', 'step', NAMES[0]]).append_column(NAMES[1], pa.array([1.0, 0, 0, 0] * 4)), tmp_path / 'log\x1b[32m.parquet')
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    done = [subprocess.run([RVPO, 'audit', 'log\x1b[32m.parquet', *more], cwd=tmp_path, capture_output=True, timeout=200, env=env) for more in (['--html', 'r.html', '--json', 'r.json'], ['--group', 'x\x1b[33m'])]
-    assert [d.returncode for d in done] == [0, 2], done[0].stderr[-2000:]
-    out = b''.join(d.stdout + d.stderr for d in done)
-    assert b'\x1b' not in out and b'\x07' not in out and b'\\u001b[31mred' in out and not ran.exists()
+    lines = [f'audit log\x1b[32m.parquet {more}' for more in ('--html r.html --json r.json', '--group x\x1b[33m', '--rewards zero')]
+    done = subprocess.run([sys.executable, '-P', '-c', SCRIPT], cwd=tmp_path, input='\n'.join(lines).encode(), capture_output=True, timeout=200, env=env)
+    out = done.stdout + done.stderr
+    assert [x[-1:] for x in out.splitlines() if x.startswith(b'exit')] == [b'0', b'2', b'2'], out
+    assert not any(c in out for c in b'\x1b\x07\x08\x00\r') and out.count(b'[31mred') >= 3 and b'log\\u001b[32m.parquet' in out and not ran.exists()
     assert b'\x1b' not in (tmp_path / 'r.html').read_bytes()
-    fault_row('security', 'an audit in a folder with modules called like libraries, and names that steer a terminal', 2, 2, done[1].stderr.decode(), 'nothing',
+    fault_row('security', 'an audit in a folder with modules called like libraries, and names that steer a terminal', len(lines), len(lines), done.stderr.decode().splitlines()[0], 'nothing',
               'Nothing. `rvpo train`, and the other commands where they are given rewards, do import modules of the current folder: do not run them in a folder of files from elsewhere.')
 
 
 def test_names_from_data_are_never_paths(tmp_path, fault_row):
-    labels = ['../../x', '/etc/x', '..', '.', 'a\x00b', 'con', 'nul', 'C:\\x', '-rf', 'a/b', '~', '$HOME', 'x' * 150, '\x1b[31m', '%2e%2e%2f', 'aux.txt', '\u2025\u2044']
+    labels = ['../../x', '/etc/x', '..', '.', 'a\x00b', 'con', 'nul', 'C:\\x', '-rf', 'a/b', '~', '$HOME', 'x' * 150, '\x1b[31m', '%2e%2e%2f', '\u2025\u2044']
     out, tried, said = tmp_path / 'out', 0, ''
     for label in labels:
         for config in (dict(setting=label, method='m', seed=0), dict(setting='', method=label, seed=0)):
@@ -413,7 +413,7 @@ REWARDS = '''
 import os
 from rvpo_nb.ask import Endpoint
 from rvpo_nb.judge import Judge, criterion_rewards
-judge = Judge(Endpoint('m', os.environ['JUDGE'], patience=0.2), cache='verdicts.sqlite', max_missing=float(os.environ['MISSING']))
+judge = Judge(Endpoint('m', os.environ['JUDGE'], patience=0.2), cache='verdicts.sqlite', max_missing=MISSING)
 judged = criterion_rewards(judge, 1)
 
 class Own:
@@ -459,7 +459,7 @@ def letters(secret):
 def test_no_secret_is_written_anywhere(tmp_path, fault_row):
     home, heard = tmp_path / 'work', []
     home.mkdir()
-    (home / 'my_rewards.py').write_text(REWARDS)
+    for name, missing in dict(my=1.0, strict=0.0).items(): (home / f'{name}_rewards.py').write_text(REWARDS.replace('MISSING', str(missing)).replace('verdicts', name))
     prompts = [dict(prompt=r['prompt'], rubric=[dict(text='Is short')]) for r in rubric_prompts(4)]
     (home / 'data.jsonl').write_text('\n'.join(map(json.dumps, prompts)))
     model = shutil.copytree(RUBRIC_POLICY, home / 'model')
@@ -472,28 +472,24 @@ def test_no_secret_is_written_anywhere(tmp_path, fault_row):
     lines = [f'train {flags} --rewards my_rewards:judged,my_rewards:own --output out', f'train {flags} --rewards my_rewards:leaks --output leaks', 'compare plan.toml --output runs --jobs 1',
              'evaluate --task mine --data data.jsonl --rewards my_rewards:judged --model model --output mine --max-completion-length 8 --disable-tqdm',
              f'evaluate --task healthbench --data health.jsonl --model model --judge m --judge-url JUDGE --output health --max-completion-length 8 --disable-tqdm', 'audit out --json audit.json --html audit.html',
-             f'train --model https://me:{PASSWORD.replace("/", "")}@h/model --data data.jsonl --rewards my_rewards:own --output no', f'evaluate --task healthbench --data health.jsonl --model model --judge m --judge-url {KEY}@h']
+             f'train --model https://me:{PASSWORD.replace("/", "")}@h/model --data data.jsonl --rewards my_rewards:own --output no', f'evaluate --task healthbench --data health.jsonl --model model --judge m --judge-url {KEY}@h',
+             f'train {flags} --rewards strict_rewards:judged --output strict', 'evaluate --task mine --data data.jsonl --rewards strict_rewards:judged --model model --output strict-mine --max-completion-length 8 --disable-tqdm']
     judge = serve(echo(heard))
     url = judge.url.replace('//', f'//me:{quote(PASSWORD, safe="")}@')
     env = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower()} | dict(
         OPENAI_API_KEY=KEY, HF_TOKEN=HF, WANDB_API_KEY=WANDB, OWN_API_KEY=OWN, JUDGE=url, OPENAI_BASE_URL=url, HOME=str(home / 'home'), HF_HOME=str(home / 'hf'), TMPDIR=str(home / 'tmp'), PYTHONPATH='')
     (home / 'tmp').mkdir()
-    done = []
-    try:
-        for missing in ('1', '0'):  # a judge that may miss all verdicts, and one that may miss none
-            said = '\n'.join(x.replace('JUDGE', url).replace('--output ', f'--output m{missing}-').replace('audit out', f'audit m{missing}-out') for x in lines)
-            done.append(subprocess.run([sys.executable, '-P', '-c', SCRIPT], cwd=home, input=said, capture_output=True, text=True, timeout=300, env=env | dict(MISSING=missing)))
+    try: done = subprocess.run([sys.executable, '-P', '-c', SCRIPT], cwd=home, input='\n'.join(lines).replace('JUDGE', url), capture_output=True, text=True, timeout=300, env=env)
     finally: judge.shutdown()
-    codes = [[int(x.split()[1]) for x in d.stdout.splitlines() if x.startswith('exit ')] for d in done]
-    assert codes[0] == [0, 2, 0, 0, 0, 0, 2, 2] and codes[1][:2] == [2, 2] and len(codes[1]) == 8, (codes, done[0].stderr[-3000:], done[1].stderr[-2000:])
-    assert len(heard) > 20 and '[hidden]' in done[1].stderr
-    written = {p.relative_to(home): p.read_bytes() for p in home.rglob('*') if p.is_file()} | {f'{n}-{i}': getattr(d, n).encode() for i, d in enumerate(done) for n in ('stdout', 'stderr')}
+    codes = [int(x.split()[1]) for x in done.stdout.splitlines() if x.startswith('exit ')]
+    assert codes[:8] == [0, 2, 0, 0, 0, 0, 2, 2] and all(codes[8:]) and len(codes) == 10 and len(heard) > 20 and '[hidden]' in done.stderr, (codes, len(heard), done.stderr[-4000:])
+    written = {p.relative_to(home): p.read_bytes() for p in home.rglob('*') if p.is_file()} | dict(stdout=done.stdout.encode(), stderr=done.stderr.encode())
     texts = {name: data.decode('latin-1') for name, data in written.items()}
     assert any('[hidden]' in t for n, t in texts.items() if 'sqlite' in str(n)), 'what the judge said is kept, without what it repeats'
-    assert "'limit': 3" in texts[Path('m1-out/checkpoint-2/trainer_state.json')], 'settings of a reward are kept'
+    assert "'limit': 3" in texts[Path('out/checkpoint-2/trainer_state.json')], 'settings of a reward are kept'
     found = [(str(name), form) for name, t in texts.items() for s in (KEY, PASSWORD, PASSWORD.replace('/', ''), HF, WANDB, OWN) for form in letters(s) if form in t]
     assert not found and len(texts) > 40, found
-    fault_row('security', 'five keys and passwords in the environment, a judge that repeats them in every way, rewards that hold and raise them', len(texts), len(texts), done[1].stderr.strip().splitlines()[0], 'nothing',
+    fault_row('security', 'five keys and passwords in the environment, a judge that repeats them in every way, rewards that hold and raise them', len(texts), len(texts), next(x for x in done.stderr.splitlines() if '[hidden]' in x), 'nothing',
               'Keep keys in the environment. What a server writes back in a code of its own, and what a reward function prints or writes itself, cannot be known.')
 
 
