@@ -220,7 +220,8 @@ def _last_start(x):
 
 def _group_ids(step, key, runs):
     "Number the groups of rows, (rows,): runs of a key, or what agrees in step and key."
-    return np.repeat(np.arange(len(_run_lengths(key))), _run_lengths(key)) if runs and len(key) else pd.MultiIndex.from_arrays([step, key]).factorize()[0]
+    if not len(key): return np.zeros(0, int)  # pandas 2 cannot number no rows
+    return np.repeat(np.arange(len(_run_lengths(key))), _run_lengths(key)) if runs else pd.MultiIndex.from_arrays([step, key]).factorize()[0]
 
 # %% ../nbs/14_log.ipynb #c123b74b
 def numbers(
@@ -318,7 +319,7 @@ def read_rollouts(
     here = isinstance(files, (str, Path)) or (isinstance(files, (list, tuple)) and all(isinstance(f, (str, Path)) for f in files))
     paths = log_files(files) if here else []
     tables = _from_files(paths) if here else _from_memory(files)
-    name, head, _ = next(tables(None, 10_000), (str(paths[0]), pd.DataFrame(), 1))
+    name, head, _ = next(tables(None, 10_000), (str((paths or ['table'])[0]), pd.DataFrame(), 1))
     if not len(head): raise InputError(f'{name}: no rows')
     columns = find_columns(head, name, group, step, rewards)
     for path in paths[1:] if rewards is None else []:

@@ -127,7 +127,8 @@ def computing(self, learning=False):
 # %% ../nbs/08_trainer.ipynb #2cf0e605
 UNITS = dict(sampling='prompts at a time', learning='tokens per pass: set micro_batch_tokens to that')
 ADVICE = dict(sampling='for the completions of one prompt: lower num_generations or max_completion_length',
-              learning='for one completion: set gradient_checkpointing, lower max_completion_length, or train an adapter')
+              learning='for one completion: set gradient_checkpointing, lower max_completion_length, or train an adapter',
+              **{'the optimizer': 'for two more numbers per weight: train an adapter, or a smaller model'})
 
 
 @patch_to(GRPOTrainer)
@@ -270,7 +271,7 @@ def learn(
     norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), a.max_grad_norm).item()
     if not math.isfinite(norm): self.fail(f'the gradient norm is {norm}; the weights are those of the step before', r, advantage)
     rate = self.scheduler.get_last_lr()[0]
-    self.optimizer.step(), self.scheduler.step()
+    self.fitting('the optimizer', lambda _: self.optimizer.step(), 1), self.scheduler.step()
     if broken := not_finite(self.model): self.fail(f'the optimizer\'s step left NaN or infinity in {broken}; is learning_rate = {rate:g} too high?', r, advantage)
     tokens = mask.sum().item()
     out = {key: float(v) / (1 if key == 'loss' else max(1, tokens)) for key, v in sums.items()} | dict(grad_norm=norm)

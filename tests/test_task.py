@@ -123,7 +123,7 @@ def test_rewards_and_rubric_items_stand_in_the_same_order():
         answers = [imperfect_reply(r, rng) if criteria != NINE else imperfect_answer(r['points'], rng) for r in rows]
         table, judge = score(rewards, rows, answers), rule_judge(rows)
         for row, answer, values in zip(rows, answers, table.tolist()):
-            assert list(row['rubric'][0]) == ['text', 'points', 'axis'] and [reward_name(f) for f in rewards][:len(row['rubric'])] == row['criteria']
+            assert sorted(row['rubric'][0]) == ['axis', 'points', 'text'] and [reward_name(f) for f in rewards][:len(row['rubric'])] == row['criteria']
             for j, item in enumerate(row['rubric']):
                 assert (item['points'], item['axis']) == (CRITERIA[row['criteria'][j]].points, CRITERIA[row['criteria'][j]].axis)
                 assert values[j] == (judge(row['prompt'], answer, item['text']) == (item['points'] > 0))

@@ -181,7 +181,7 @@ def test_half_the_size_gives_the_same_rollouts_and_gradients(tmp_path, monkeypat
 
 @pytest.mark.parametrize('what', ['sampling', 'learning', 'optimizer'])
 def test_memory_that_is_never_enough_ends_the_run_with_a_setting(tmp_path, monkeypatch, capsys, fault_row, what):
-    advice = dict(sampling='lower num_generations or max_completion_length', learning='set gradient_checkpointing, lower max_completion_length, or train an adapter', optimizer='')
+    advice = dict(sampling='lower num_generations or max_completion_length', learning='set gradient_checkpointing, lower max_completion_length, or train an adapter', optimizer='there is not enough memory in the optimizer for two more numbers per weight: train an adapter')
     for i, e in enumerate(ERRORS[:3]):
         t = new(tmp_path / str(i), save_steps=2)
         class Later:
