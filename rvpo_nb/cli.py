@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Command', 'memory_needed', 'outline', 'Train', 'outline_evaluation', 'Evaluate', 'outline_comparison', 'story',
-           'sample_answers', 'draw_demo', 'Demo', 'report', 'Compare', 'AuditLogs', 'with_config', 'quiet', 'say',
-           'main']
+           'sample_answers', 'draw_demo', 'Demo', 'report', 'Compare', 'pairs', 'AuditLogs', 'with_config', 'quiet',
+           'say', 'main']
 
 # %% ../nbs/16_cli.ipynb #6ce783cb
 import contextlib
@@ -318,6 +318,16 @@ class Compare:
         return f'{report(plan, logs, Path(self.output))}\n\nLog, configs, tables and figures are in {self.output}/'
 
 # %% ../nbs/16_cli.ipynb #4b5e4d84
+def pairs(
+    flag: str,  # its name, for the error
+    text: str | None,  # name=value,name=value
+) -> dict[str, float]:
+    "Read numbers by name. Raises `InputError`."
+    parts = dict(part.rpartition('=')[::2] for part in (text or '').split(',') if part)
+    try: return {name.strip(): float(x) for name, x in parts.items()}
+    except ValueError: raise InputError(f'{flag} are written name=value,name=value; got {text!r}') from None
+
+# %% ../nbs/16_cli.ipynb #e22bb11f
 @dataclass(kw_only=True)
 class AuditLogs:
     """Find neglected rewards in the rollout logs of any trainer: which, since when, bought off by which others.
@@ -335,6 +345,7 @@ class AuditLogs:
     step: str | None = None  # column; default: found by its name, else every file is a step
     rewards: str | None = None  # columns, with commas between them; default: found
     thresholds: str | None = None  # from which value on a reward is passed: name=value,name=value; default: found
+    weights: str | None = None  # of the rewards that do not count 1: name=value,name=value
     k: float = 2.0  # risk aversion at which RVPO is compared
     drop: float = 0.1  # smallest fall of a pass rate that counts as neglect
     json: str | None = None  # file that gets all figures
@@ -343,16 +354,11 @@ class AuditLogs:
 
     def run(self):
         columns = self.rewards and [name.strip() for name in self.rewards.split(',')]
-        found = audit(self.files, group=self.group, step=self.step, rewards=columns, thresholds=self.limits(), k=self.k, drop=self.drop)
+        found = audit(self.files, group=self.group, step=self.step, rewards=columns, thresholds=pairs('thresholds', self.thresholds), weights=pairs('weights', self.weights), k=self.k, drop=self.drop)
         if self.json: Path(self.json).write_text(dumps(found.to_dict(), allow_nan=False, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
         if self.html: write_html(found, self.html)
         self.code = 3 if self.fail_on and found.neglected else 0
         return found.summary()
-
-    def limits(self):
-        pairs = dict(pair.rpartition('=')[::2] for pair in (self.thresholds or '').split(',') if pair)
-        try: return {name.strip(): float(x) for name, x in pairs.items()}
-        except ValueError: raise InputError(f'thresholds are written name=value,name=value; got {self.thresholds!r}') from None
 
 # %% ../nbs/16_cli.ipynb #8df4406d
 def with_config(
@@ -405,6 +411,7 @@ def main(argv=None) -> int:
         if isinstance(command, Train | Compare) or isinstance(command, Evaluate) and command.rewards: sys.path.insert(0, os.getcwd())
         with contextlib.redirect_stdout(sys.stderr): text = command.run()  # what libraries and reward functions print is no result
         say(text)
+        sys.stdout.flush()
         return getattr(command, 'code', 0)
     except InputError as e:
         say(f'rvpo: {e}', sys.stderr)
@@ -412,6 +419,9 @@ def main(argv=None) -> int:
     except RunFailed as e:
         say(f'rvpo: {e}', sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever reads the results has seen enough, as in `rvpo audit out | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return getattr(command, 'code', 0)
     except KeyboardInterrupt as e:
         print(f'rvpo: interrupted; {str(e) or "nothing is saved beyond the last checkpoint or batch"}. Go on with the same command; of train, with --resume', file=sys.stderr)
         return 130
