@@ -25,7 +25,7 @@ from .answers import Task, by_mean, find_choice, healthbench_score, result_table
 from .calls import Match, match_call, match_calls
 from .checks import TASKS, find_task
 from .inputs import check_rows, encode, end_tokens, load_model
-from .record import put, sync
+from .checkpoint import put, sync
 from .reward import check_value, first_line
 from .softmin import InputError
 from .trainer import RunFailed, check_same_run

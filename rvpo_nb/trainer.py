@@ -33,8 +33,9 @@ from .advantage import aggregate, k_at, scores
 from .guard import make_guard
 from .inputs import GRPOConfig, check_rewards, check_rows, describe, encode, end_tokens, load_model, not_finite, prompt_order
 from .loss import completion_logps, dual_step, normalizer_of, policy_loss
-from .record import (History, Notices, NotWritten, alone, by_reward, checkpoints, dead_groups, extra_columns, frozen_digest, group_metrics, load_checkpoint, read_log, read_state, remove,
-                            reward_metrics, save_checkpoint, save_dump, set_aside, sort_out, sync, tracker, versions, whole, write_completions, write_log, writing)
+from .checkpoint import (NotWritten, alone, checkpoints, frozen_digest, load_checkpoint, read_state, remove,
+                        save_checkpoint, set_aside, sort_out, sync, versions, whole, writing)
+from .record import History, Notices, by_reward, dead_groups, extra_columns, group_metrics, read_log, reward_metrics, save_dump, tracker, write_completions, write_log
 from .reward import call_rewards, check_value, condition_rewards, passed, reward_name
 from .softmin import InputError
 

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from rvpo_nb.advantage import advantages, attention, solve_k
 from rvpo_nb.guard import Guard
 from rvpo_nb.loss import completion_logps
-from rvpo_nb.record import checkpoints, load_dump, read_log
+from rvpo_nb.checkpoint import checkpoints
+from rvpo_nb.record import load_dump, read_log
 from rvpo_nb.reward import call_rewards
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards

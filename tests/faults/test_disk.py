@@ -12,10 +12,11 @@ import pytest
 from runs import new, same_end
 from safetensors import SafetensorError
 
-import rvpo_nb.record as record
+import rvpo_nb.checkpoint as safe
 import rvpo_nb.trainer as trainer
 from rvpo_nb.judge import Judge, criterion_rewards
-from rvpo_nb.record import checkpoints, read_log
+from rvpo_nb.checkpoint import checkpoints
+from rvpo_nb.record import read_log
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import rubric_prompts
 from rvpo_nb.trainer import GRPOTrainer, RunFailed
@@ -55,7 +56,7 @@ class Injected:
             with open(path, 'wb') as f: f.write(bytes(min(room, 1000)))
             raise error
         def save_file(tensors, path): half(path, error=SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)'))
-        self.patch.setattr(record, 'save_file', save_file), self.patch.setattr(parquet, 'write_table', lambda table, path: half(path)), self.patch.setattr(Path, 'write_text', half)
+        self.patch.setattr(safe, 'save_file', save_file), self.patch.setattr(parquet, 'write_table', lambda table, path: half(path)), self.patch.setattr(Path, 'write_text', half)
         opened = Path.open
         self.patch.setattr(Path, 'open', lambda path, mode='r', *a, **k: opened(path, mode, *a, **k) if 'r' in mode else (_ for _ in ()).throw(FULL))
 
@@ -199,7 +200,7 @@ def test_an_output_folder_that_cannot_be_written_to(tmp_path, undisturbed, fault
         how = 'where every mkdir and open fails with EROFS'
         fails = lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EROFS, os.strerror(errno.EROFS)))
         with monkeypatch.context() as m:
-            m.setattr(Path, 'mkdir', fails), m.setattr(record.os, 'open', fails)
+            m.setattr(Path, 'mkdir', fails), m.setattr(safe.os, 'open', fails)
             with pytest.raises(InputError, match='cannot be written: Read-only file system') as e: new(out / 'new').train()
             said['new'] = clean(e.value, out / 'new')
     fault_row('disk', f'a read-only output folder: {how}', len(said), len(said), said['new'], 'nothing: refused before the first step', 'choose another folder')
@@ -245,11 +246,11 @@ def test_a_checkpoint_that_was_cut_off_flipped_or_swapped(undisturbed, tmp_path,
     names = sorted(p.name for p in (undisturbed / 'checkpoint-6').iterdir())
     long = pytestconfig.getoption('markexpr') == 'faults'
     kinds = {'cut off': [0.0, 0.5, 0.99], 'one bit flipped': [0.0, 0.1, 0.5, 0.9, 0.999] + [i / 97 for i in range(97)] * long}
-    counts, whole, said = Counter(), record.damage, ''
+    counts, whole, said = Counter(), safe.damage, ''
     copy = tmp_path / 'out'
     def check(kind, name):
         nonlocal said
-        found, bad = record.sort_out(copy)
+        found, bad = safe.sort_out(copy)
         counts[kind, found.name] += 1
         assert found.name == 'checkpoint-4' and [p.name for p in bad] == ['checkpoint-6'], (kind, name)
     shutil.copytree(undisturbed, copy)
@@ -269,7 +270,7 @@ def test_a_checkpoint_that_was_cut_off_flipped_or_swapped(undisturbed, tmp_path,
             path.write_bytes(other)
             check('swapped with that of another checkpoint', name)
         path.write_bytes(data)
-    assert record.sort_out(copy)[0].name == 'checkpoint-6'
+    assert safe.sort_out(copy)[0].name == 'checkpoint-6'
     for kind in ('one bit flipped', 'cut off'):  # and the run goes on
         again = tmp_path / kind.split()[0]
         shutil.copytree(undisturbed, again)

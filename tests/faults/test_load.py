@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rvpo_nb.record import History, checkpoints, read_log
+from rvpo_nb.checkpoint import checkpoints
+from rvpo_nb.record import History, read_log
 
 linux = pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='counts files and threads in /proc')
 GROUPS = dict(num_generations=2, per_device_train_batch_size=4)

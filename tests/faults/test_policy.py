@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rvpo_nb import rollout
 from rvpo_nb.cli import main
 from rvpo_nb.inputs import GRPOConfig, load_model
-from rvpo_nb.record import checkpoints, read_log
+from rvpo_nb.checkpoint import checkpoints
+from rvpo_nb.record import read_log
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
 from rvpo_nb.trainer import GRPOTrainer, RunFailed

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from rvpo_nb.cli import main
-from rvpo_nb.record import checkpoints, read_log
+from rvpo_nb.checkpoint import checkpoints
+from rvpo_nb.record import read_log
 from rvpo_nb.reward import call_rewards, reward_name
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts

@@ -16,7 +16,8 @@ import torch
 from runs import PHASES, PLAIN, STATE, Server, new, same_end
 
 from rvpo_nb.inputs import load_model
-from rvpo_nb.record import alone, checkpoints, frozen_digest, read_log, write_sums
+from rvpo_nb.checkpoint import alone, checkpoints, frozen_digest, write_sums
+from rvpo_nb.record import read_log
 from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
 from rvpo_nb.trainer import GRPOTrainer
@@ -143,12 +144,12 @@ GRPOTrainer.call = call
 
 
 def test_where_locks_are_missing_the_run_says_so(tmp_path, monkeypatch, capsys, fault_row):
-    import rvpo_nb.record as record
+    import rvpo_nb.checkpoint as safe
     class NoLocks:
         LOCK_EX = LOCK_NB = 0
         def flock(*args): raise OSError(38, 'Function not implemented')
     for module in (None, NoLocks):
-        monkeypatch.setattr(record, 'fcntl', module)
+        monkeypatch.setattr(safe, 'fcntl', module)
         with alone(tmp_path), alone(tmp_path): pass
         said = capsys.readouterr().err
         assert said.count('cannot be locked') == 2 and 'no second run' in said
