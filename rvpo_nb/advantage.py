@@ -196,7 +196,8 @@ def check_rewards(
     huge = rewards.abs() > min(1e100, torch.finfo(rewards.dtype).max)  # the square of anything larger leaves float64
     if bool(huge.any()):
         *_, p, g, j = huge.nonzero()[0].tolist()
-        raise InputError(f'reward {j} of prompt {p}, rollout {g} is {rewards[huge][0].item()}: rewards must be finite; use NaN where one does not apply')
+        raise InputError(f'reward {j} of prompt {p}, rollout {g} is {rewards[huge][0].item()}: rewards must be finite; '
+                         'use NaN where one does not apply')
     return rewards
 
 # %% ../nbs/01_advantage.ipynb #4f7b880a
@@ -208,7 +209,8 @@ def check_weights(
     weights = [float(w) for w in weights]
     if len(weights) != m: raise InputError(f'{len(weights)} weights for {m} rewards')
     for j, w in enumerate(weights):
-        if not 0 <= w <= 1e40: raise InputError(f'weight {j} is {w}; weights are finite and non-negative, up to 1e40: to punish a reward, flip its sign')
+        if 0 <= w <= 1e40: continue
+        raise InputError(f'weight {j} is {w}; weights are finite and non-negative, up to 1e40: to punish a reward, flip its sign')
     if not any(weights): raise InputError('all weights are 0: nothing would be learned')
     return weights
 
@@ -228,7 +230,7 @@ def advantages(
     weights=None,  # (rewards,), non-negative; 0 = logged only; default equal
     published: bool = False,  # the papers' reference formula, without this project's repairs
 ) -> torch.Tensor:  # (..., prompts, group), in the rewards' dtype and on their device
-    "Turn rewards into advantages. Raises `InputError` for a bad shape, an infinite reward, an unknown method, a negative k, bad weights or n_effective."
+    "Turn rewards into advantages. Raises `InputError` for a bad shape, an infinite reward, an unknown method, or a bad k, n_effective or weights."
     rewards = check_rewards(rewards)
     if method not in METHODS: raise InputError(f'unknown method {method!r}; known: {", ".join(METHODS)}')
     if check_k(k) > 1e100 and method == 'rvpo_explicit': raise InputError('rvpo_explicit needs a finite k, up to 1e100; use hardmin')
@@ -315,8 +317,9 @@ def solve_k(
     weights=None,  # as in advantages
     published: bool = False,  # as in advantages
 ) -> torch.Tensor:  # (...,): one k in [0, inf] per batch of prompts, float64; carries no gradient
-    "Solve for the k at which a batch hears n_effective rewards: 0 where it hears no more at k = 0, inf where it hears more at k = inf. Raises `InputError`."
-    if not (isinstance(n_effective, Real) and 1 <= n_effective < float('inf')): raise InputError(f'n_effective must be a number from 1 on, got {n_effective!r}')
+    "Solve for the k at which a batch hears n_effective rewards: 0 where no more than that are live, inf where more than that tie. Raises `InputError`."
+    if not (isinstance(n_effective, Real) and 1 <= n_effective < float('inf')):
+        raise InputError(f'n_effective must be a number from 1 on, got {n_effective!r}')
     rewards = check_rewards(rewards)
     if weights is not None: weights = check_weights(weights, rewards.shape[-1])
     heard = Heard(rewards.flatten(0, -4) if rewards.ndim > 3 else rewards[None], weights, published)
@@ -346,11 +349,13 @@ def check_settings(
     "Raise `InputError` naming the setting of the aggregation that cannot be right."
     if a.aggregation not in METHODS: raise InputError(f'unknown aggregation {a.aggregation!r}; known: {", ".join(METHODS)}')
     k_at(0, 2, check_k(a.k), a.k_end)
-    if a.aggregation == 'rvpo_explicit' and max(a.k, a.k_end or 0) > 1e100: raise InputError('rvpo_explicit needs a finite k, up to 1e100; use hardmin')
+    if a.aggregation == 'rvpo_explicit' and max(a.k, a.k_end or 0) > 1e100:
+        raise InputError('rvpo_explicit needs a finite k, up to 1e100; use hardmin')
     if a.n_effective is None: return
     if a.aggregation != 'rvpo': raise InputError(f'n_effective sets the k of rvpo; {a.aggregation} has none to set')
     if a.k_end is not None or a.k != type(a).k: raise InputError('n_effective takes the place of k and k_end: set one or the other')
-    if not (isinstance(a.n_effective, Real) and 1 <= a.n_effective < float('inf')): raise InputError(f'n_effective must be at least 1, got {a.n_effective!r}')
+    if not (isinstance(a.n_effective, Real) and 1 <= a.n_effective < float('inf')):
+        raise InputError(f'n_effective must be at least 1, got {a.n_effective!r}')
 
 # %% ../nbs/01_advantage.ipynb #ac4d5c73
 def aggregate(

@@ -157,13 +157,13 @@ def check_rewards(
         if pair[1] in args.reward_conditions: raise InputError(f'the reward {pair[1]!r} is a condition and cannot have one')
     return names
 
-
+# %% ../nbs/08_inputs.ipynb #74514a37
 def describe(f) -> str:
     "Name a reward, and the settings of one that is an object, but for what is secret: checkpoints hold the result."
     plain = {k: v for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (bool, int, float, str, tuple)) and k != '__name__' and not SECRET.search(k)}
     return hider(known_secrets())(f'{reward_name(f)} {plain}' if plain else reward_name(f))
 
-
+# %% ../nbs/08_inputs.ipynb #6ce5ccee
 def check_rows(
     dataset,  # a datasets.Dataset, or a list of dicts
     what: str = 'training',  # for the message
@@ -236,7 +236,7 @@ def load_tokenizer(
     generic = get_tokenizer_config(name, trust_remote_code=False).get('tokenizer_class') in ('TokenizersBackend', 'PreTrainedTokenizerFast')
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
 
-# %% ../nbs/08_inputs.ipynb #4d8ac7c2
+# %% ../nbs/08_inputs.ipynb #fce505a0
 def load_weights(
     folder,  # a folder or a hub id
     dtype=torch.float32,
@@ -245,7 +245,7 @@ def load_weights(
     check_files(str(folder))
     return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=dtype)
 
-
+# %% ../nbs/08_inputs.ipynb #1ecb6936
 def load_model(
     model,  # a model, a folder, or a hub id
     processing_class=None,  # a tokenizer; default: the model's own
@@ -279,7 +279,7 @@ def load_model(
     if broken := not_finite(model): raise InputError(f'the model cannot be used: {broken} holds NaN or infinity')
     return model, tokenizer
 
-
+# %% ../nbs/08_inputs.ipynb #961c2b15
 def not_finite(model) -> str | None:
     "Name the first parameter that is not finite everywhere."
     return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
@@ -291,3 +291,5 @@ def end_tokens(
     "List the tokens that end a completion: the tokenizer's, and those of the model's generation config, as in TRL."
     more = getattr(model.generation_config, 'eos_token_id', None)
     return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+
+

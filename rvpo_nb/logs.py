@@ -61,7 +61,7 @@ def read_frames(
         raise InputError(f'{path}: not a table that can be read ({(str(e).splitlines() or [type(e).__name__])[0][:200]})') from e
 
 # %% ../nbs/14_log.ipynb #200de71d
-LONGEST = 2 ** 22  # characters of a line: a small file in gzip can hold one that fills the memory
+LONGEST = 2 ** 22  # characters of a line
 
 
 class _Lines:
@@ -79,7 +79,7 @@ class _Lines:
         if self.length > LONGEST: raise InputError(f'{self.path}: a line of more than {LONGEST:,} characters')
         return part
 
-
+# %% ../nbs/14_log.ipynb #d2814839
 def _parquet_frames(path, keep, rows):
     from pyarrow import parquet, types
     with parquet.ParquetFile(path) as file:
@@ -194,7 +194,7 @@ def _first_groups(head, step, group):
     count = Counter((size[:whole] if whole else size).tolist())
     return ids, runs, max(count, key=lambda n: (count[n], -n))
 
-
+# %% ../nbs/14_log.ipynb #fedcd43d
 def _holds_numbers(column):
     "Tell whether a column may be a reward: numbers, or nothing yet, or numbers mixed with something else."
     if not pd.api.types.is_object_dtype(column) and not pd.api.types.is_string_dtype(column): return pd.api.types.is_numeric_dtype(column)

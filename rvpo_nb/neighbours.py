@@ -36,7 +36,8 @@ def sa_mrpo(
 
 
 METHODS['sa_mrpo'] = sa_mrpo
-WHITENED.add('sa_mrpo'), BATCHWISE.add('sa_mrpo')
+WHITENED.add('sa_mrpo')
+BATCHWISE.add('sa_mrpo')
 
 # %% ../nbs/01_neighbours.ipynb #f6802459
 def agreement(

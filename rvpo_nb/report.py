@@ -149,8 +149,11 @@ def _headline(a: Audit) -> str:
     def one(n):
         by, more = [f'{label(b)} ({num(c, "{:+z.2f}")})' for b, c in zip(n.bought_off_by, n.correlations)], len(n.bought_off_by) - 3
         paid = f'bought off by {", ".join(by[:3])}' + (f' and {more} more' if more > 0 else '') if by else 'while no reward in conflict with it rose'
-        return (f'<p class="verdict">{label(n.reward)} is neglected since step {n.onset_step}, {paid}.</p><p>The onset may as well lie anywhere from step {n.onset_range[0]} to {n.onset_range[1]}. '
-                f'In its best tenth of the steps {n.rate_before:.0%} of the rollouts passed it, in the last {n.rate_after:.0%}; meanwhile the other rewards changed by {num(100 * n.others_rise, "{:+z.0f}")} points on average.{" Bought off by, strongest conflict first: " + ", ".join(by) + "." if more > 0 else ""}</p>')
+        all_of = f' Bought off by, strongest conflict first: {", ".join(by)}.' if more > 0 else ''
+        return (f'<p class="verdict">{label(n.reward)} is neglected since step {n.onset_step}, {paid}.</p>'
+                f'<p>The onset may as well lie anywhere from step {n.onset_range[0]} to {n.onset_range[1]}. '
+                f'In its best tenth of the steps {n.rate_before:.0%} of the rollouts passed it, in the last {n.rate_after:.0%}; '
+                f'meanwhile the other rewards changed by {num(100 * n.others_rise, "{:+z.0f}")} points on average.{all_of}</p>')
     if a.neglected: return ''.join(map(one, a.neglected))
     short = len(a.steps) < 5 or any(x['verdict'] == 'too short' for x in a.rewards.values())
     return '<p class="verdict">No reward is neglected' + (f', but this log is too short to tell.</p><p>Neglect is a fall over time, and here are {a.log["steps"]} steps.</p>' if short else '.</p>')

@@ -56,7 +56,8 @@ def check_value(
     if getattr(v, 'ndim', None) == 0: v = v.item()
     if v is None: return math.nan
     if not isinstance(v, Real): raise InputError(f'{where}: {v!r:.100} is not a number')
-    if abs(v) > torch.finfo(torch.float32).max: raise InputError(f'{where}: {v!r:.100} is infinite or too large; return None where the reward does not apply')
+    if abs(v) > torch.finfo(torch.float32).max:
+        raise InputError(f'{where}: {v!r:.100} is infinite or too large; return None where the reward does not apply')
     return float(v)
 
 # %% ../nbs/03_reward.ipynb #b72f09a5
@@ -349,7 +350,7 @@ def tool_match(
     predicted: list[dict] | None,  # calls as from tool_calls; None or none of them scores 0
     expected: list[dict],  # at least one
 ) -> tuple[tuple, tuple]:  # the scores of tool names, parameter names and parameter values; the largest each can be
-    "Compare calls with the expected ones, paired so that the total is largest (ToolRL, arXiv 2504.13958, section 3.3). Raises `InputError` where none is expected."
+    "Compare calls with the expected ones, paired for the largest total (ToolRL, arXiv 2504.13958, section 3.3). Raises `InputError` where none is expected."
     if not expected: raise InputError('there is no expected call to match')
     from scipy.optimize import linear_sum_assignment
     most = (1.0, float(len(expected)), float(sum(len(e['parameters']) for e in expected)))
@@ -394,15 +395,16 @@ def condition_rewards(
     ok: torch.Tensor,  # (N, rewards): 1 passed, 0 failed, NaN unknown
     conditions: dict[str, str],  # name of a reward -> name of the reward that must pass
 ) -> torch.Tensor:  # (N, rewards)
-    """Set rewards to 0 where their condition fails (GDPO, arXiv 2601.05242 eq. 8); one whose bounds are negative falls to the lower bound, which is ours.
+    """Set rewards to 0 where their condition fails (GDPO, arXiv 2601.05242 eq. 8).
 
-    A missing condition holds. Raises `InputError` for a condition without threshold, and for a negative reward without `bounds`."""
+    A reward whose bounds are negative falls to the lower bound, which is ours. A missing condition holds. Raises `InputError` for a condition without threshold, and for a negative reward without `bounds`."""
     rewards, names = rewards.clone(), [reward_name(f) for f in reward_funcs]
     for name, condition in conditions.items():
         j, c = names.index(name), names.index(condition)
         if (ok[:, c].isnan() & ~rewards[:, c].isnan()).any():
             raise InputError(f'the reward {condition!r} is a condition but says not when it passes: give its function a `threshold`')
         least, floor = rewards[:, j].nan_to_num().min(), min(0, *getattr(reward_funcs[j], 'bounds', (0,)))
-        if least < floor: raise InputError(f'the reward {name!r} has a condition and goes down to {least:g}, below {floor:g}: failing would pay; set its `bounds`')
+        if least < floor:
+            raise InputError(f'the reward {name!r} has a condition and goes down to {least:g}, below {floor:g}: failing would pay; set its `bounds`')
         rewards[:, j] = torch.where((ok[:, c] == 0) & ~rewards[:, j].isnan(), floor, rewards[:, j])
     return rewards

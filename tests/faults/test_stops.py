@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import PHASES, PLAIN, STATE, Server, new, same_end
@@ -39,6 +40,11 @@ def undisturbed(server, kills):
     settings = STATE | dict(max_steps=2 * (2 * kills + 4))
     assert server.run('undisturbed', **settings)[0] == 0
     return settings, server.folder / 'undisturbed'
+
+
+def rows(folder):
+    "Count the rollouts and the log lines that a run has saved."
+    return sum(pq.read_metadata(p).num_rows for p in (folder / 'completions').iterdir()) + len(read_log(folder / 'log.jsonl'))
 
 
 def clean(text, folder): return text.replace(str(folder), 'OUT')
@@ -82,7 +88,7 @@ def test_a_run_stopped_at_random_moments_ends_as_one_that_was_not(server, undist
     nothing = dict(sees='the process is gone', lost='the steps since the last checkpoint, which are made again to the bit') if rude else dict(
         sees=re.sub(r'step \d+', 'step N', told.replace(name, 'OUT')), lost='nothing: the step under way is finished and saved; a second signal is obeyed at once')
     fault_row('stops', {'SIGKILL': 'SIGKILL', 'SIGTERM': 'SIGTERM', 'SIGINT': 'Ctrl-C'}[name] + f' ({where})', sum(hit.values()), sum(hit.values()), **nothing,
-              remedy='the same command with --resume', hits={PHASES[p]: n for p, n in hit.items()})
+              remedy='the same command with --resume', hits={PHASES[p]: n for p, n in hit.items()}, rows=rows(whole), rows_lost=rows(whole) - rows(folder))
 
 
 def test_a_process_started_by_another_obeys_sigterm_at_once(tmp_path, fault_row):
