@@ -317,7 +317,7 @@ def solve_k(
     weights=None,  # as in advantages
     published: bool = False,  # as in advantages
 ) -> torch.Tensor:  # (...,): one k in [0, inf] per batch of prompts, float64; carries no gradient
-    "Solve for the k at which a batch hears n_effective rewards: 0 where no more than that are live, inf where more than that tie. Raises `InputError`."
+    "Solve for the k at which a batch hears n_effective rewards: 0 if no more than that are live, inf if more than that tie. Raises `InputError`."
     if not (isinstance(n_effective, Real) and 1 <= n_effective < float('inf')):
         raise InputError(f'n_effective must be a number from 1 on, got {n_effective!r}')
     rewards = check_rewards(rewards)

@@ -56,7 +56,7 @@ def serve(
     Thread(target=server.serve_forever, daemon=True).start()
     return server
 
-
+# %% ../nbs/04_ask.ipynb #142b5bf7
 def chat_completion(
     text: str,
     messages: list[dict],  # that it answers
@@ -139,7 +139,7 @@ def connect(
     client = AsyncOpenAI(api_key=key or 'none', base_url=url or None, max_retries=0, timeout=timeout, default_headers=headers, http_client=quick)
     return client, hider(secrets + known_secrets())
 
-
+# %% ../nbs/04_ask.ipynb #ec181e74
 def read_url(
     text: str,  # empty = that of OpenAI
 ):  # its parts
@@ -159,7 +159,7 @@ def close(
     closing = asyncio.run_coroutine_threadsafe(client.close(), event_loop())
     if current_thread() is main_thread(): wait([closing], timeout=1)  # when the program ends, the loop's thread ends too
 
-
+# %% ../nbs/04_ask.ipynb #3ee2d135
 def hider(
     secrets: list[str],  # those of less than six characters are none
 ):  # a function from text to text
@@ -295,7 +295,7 @@ async def ask_once(
     except Exception as e: failed = failure(ask, e, form)
     raise failed  # not inside `except`, where the client's exception would come along as its context
 
-
+# %% ../nbs/04_ask.ipynb #27b00514
 def failure(
     ask: Endpoint,
     e: Exception,  # of the client

@@ -29,7 +29,7 @@ def ascend(
 # %% ../nbs/01_guard.ipynb #f2d0b858
 @dataclass
 class Guard:
-    "Multiply the weights of rewards that pass too rarely, by dual ascent on their pass rates (Constrained GRPO, arXiv 2602.05863, for fixed targets)."
+    "Multiply the weights of rewards that pass too rarely (dual ascent; Constrained GRPO, arXiv 2602.05863, for fixed targets)."
     targets: list[float | None] | None = None  # pass rate that each reward shall reach; None where there is no target
     share: float | None = None  # target of all others: this share of the best pass rate that they had
     lr: float = 5.0  # step: change of a multiplier per batch and unit of missing pass rate
@@ -47,7 +47,8 @@ class Guard:
     ) -> torch.Tensor:  # (..., rewards): the multipliers, from 0 on where there is a fixed target, from 1 on elsewhere
         "Take in one batch, and step the multipliers."
         rates, dead = (torch.as_tensor(x, dtype=torch.float64) for x in (rates, dead))
-        if self.weight is None: self.rate, self.best, self.dead, self.weight, self.told = rates, rates, dead, torch.ones_like(rates), torch.zeros_like(rates)
+        if self.weight is None:
+            self.rate, self.best, self.dead, self.weight, self.told = rates, rates, dead, torch.ones_like(rates), torch.zeros_like(rates)
         else: self.rate, self.dead = smooth(self.rate, rates, self.past), smooth(self.dead, dead, self.past)
         self.best = torch.fmax(self.best, self.rate)
         given = torch.tensor([torch.nan if t is None else t for t in self.targets or [None] * rates.shape[-1]], dtype=torch.float64)
@@ -81,7 +82,7 @@ class Guard:
         "Go on from a checkpoint."
         for n, x in state.items(): setattr(self, n, torch.tensor([torch.nan if v is None else v for v in x], dtype=torch.float64))
 
-
+# %% ../nbs/01_guard.ipynb #448ba7b7
 STATE = 'rate', 'best', 'dead', 'weight', 'told'
 
 

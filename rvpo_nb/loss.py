@@ -39,7 +39,7 @@ def _inside(targets, start, x):
     "Tell which targets lie in the piece `x` (tokens, piece) that begins at `start`, and the column of each, 0 or the last where it does not."
     return (targets >= start) & (targets < start + x.shape[-1]), (targets - start).clamp(0, x.shape[-1] - 1)[:, None]
 
-
+# %% ../nbs/07_loss.ipynb #cccbf32f
 class PieceLogps(torch.autograd.Function):
     "Score tokens a piece of the vocabulary at a time; see `token_logps`."
     @staticmethod

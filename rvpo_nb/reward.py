@@ -350,7 +350,7 @@ def tool_match(
     predicted: list[dict] | None,  # calls as from tool_calls; None or none of them scores 0
     expected: list[dict],  # at least one
 ) -> tuple[tuple, tuple]:  # the scores of tool names, parameter names and parameter values; the largest each can be
-    "Compare calls with the expected ones, paired for the largest total (ToolRL, arXiv 2504.13958, section 3.3). Raises `InputError` where none is expected."
+    "Compare calls with the expected ones, paired for the largest total (ToolRL, arXiv 2504.13958, section 3.3). Raises `InputError` if there are none."
     if not expected: raise InputError('there is no expected call to match')
     from scipy.optimize import linear_sum_assignment
     most = (1.0, float(len(expected)), float(sum(len(e['parameters']) for e in expected)))
@@ -397,7 +397,8 @@ def condition_rewards(
 ) -> torch.Tensor:  # (N, rewards)
     """Set rewards to 0 where their condition fails (GDPO, arXiv 2601.05242 eq. 8).
 
-    A reward whose bounds are negative falls to the lower bound, which is ours. A missing condition holds. Raises `InputError` for a condition without threshold, and for a negative reward without `bounds`."""
+    A reward whose bounds are negative falls to the lower bound, which is ours. A missing condition holds.
+    Raises `InputError` for a condition without threshold, and for a negative reward without `bounds`."""
     rewards, names = rewards.clone(), [reward_name(f) for f in reward_funcs]
     for name, condition in conditions.items():
         j, c = names.index(name), names.index(condition)

@@ -58,7 +58,8 @@ def join(
     shift = torch.tensor([0] + [len(p.prompts) for p in parts]).cumsum(0).tolist()
     longest = max(p.completion_ids.shape[1] for p in parts)
     tables = (torch.cat([torch.nn.functional.pad(p[i], (0, longest - p[i].shape[1])) for p in parts]) for i in (2, 3, 4))
-    return Rollouts(sum((p.prompts for p in parts), []), torch.cat([p.group + s for p, s in zip(parts, shift)]), *tables, torch.cat([p.ended for p in parts]))
+    group, ended = torch.cat([p.group + s for p, s in zip(parts, shift)]), torch.cat([p.ended for p in parts])
+    return Rollouts(sum((p.prompts for p in parts), []), group, *tables, ended)
 
 # %% ../nbs/06_rollout.ipynb #791503bd
 def left_pad(
@@ -94,7 +95,8 @@ class Plain:
     def next(self, tokens):
         "Read one token of each row and return the logits (rows, vocabulary) for the next."
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
-        return self.model(tokens[:, None], attention_mask=self.mask, position_ids=positions(self.mask)[:, -1:], past_key_values=self.cache).logits[:, -1]
+        position = positions(self.mask)[:, -1:]
+        return self.model(tokens[:, None], attention_mask=self.mask, position_ids=position, past_key_values=self.cache).logits[:, -1]
 
 
 def plain_logits(
