@@ -104,9 +104,9 @@ def damage(
 ) -> str:  # empty where every file is what was saved, or where there are no checksums
     "Say which file of a checkpoint is not what was saved."
     if not (folder / SUMS).exists(): return ''
-    first, *lines = (folder / SUMS).read_text(errors='replace').splitlines() or ['']
-    if first != f'# {len(lines)} files': return f'{SUMS} is not what was saved'
-    for line in lines:
+    first, *lines = (folder / SUMS).read_bytes().decode(errors='replace').split('\n')
+    if lines[-1:] != [''] or first != f'# {len(lines) - 1} files': return f'{SUMS} is not what was saved'
+    for line in lines[:-1]:
         known, _, name = line.partition('  ')
         try: same = digest(folder / name) == known
         except OSError as e: return f'{name or SUMS} cannot be read: {e.strerror}'
