@@ -135,7 +135,7 @@ def save_checkpoint(
         (part / 'trainer_state.json').write_text(json.dumps(state, indent=1))
         write_sums(part)
 
-
+# %% ../nbs/08_keep.ipynb #a5a49511
 def load_checkpoint(
     folder: Path,
     model, optimizer,

@@ -54,7 +54,7 @@ def memory_needed(
              'cache of the rollouts': 2 * layers * heads * width * (2 if trainer.bf16 else 4) * tokens}
     return {what: n / 2**20 for what, n in needs.items() if n}
 
-
+# %% ../nbs/16_cli.ipynb #b9f43ce4
 def outline(
     trainer: GRPOTrainer,
 ) -> str:

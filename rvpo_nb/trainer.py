@@ -279,7 +279,7 @@ def learn(
     if a.ratio_penalty_lr and tokens: self.penalty = dual_step(self.penalty, out['ratio_variance'], a.ratio_variance_target, a.ratio_penalty_lr)
     return out
 
-
+# %% ../nbs/08_trainer.ipynb #47b3fad4
 @patch_to(GRPOTrainer)
 def gradients(self, r, advantage, mask, first, tokens) -> dict:
     "Compute the gradients from the beginning, some tokens per pass; return the sums of the loss and the figures."
@@ -302,7 +302,7 @@ def gradients(self, r, advantage, mask, first, tokens) -> dict:
     r.logps.copy_(own)
     return sums
 
-
+# %% ../nbs/08_trainer.ipynb #6bb2e517
 @patch_to(GRPOTrainer)
 @torch.no_grad()
 def reference(self, r):
@@ -484,7 +484,7 @@ def start(
     with whole(log) as part: part.write_text(''.join(json.dumps(x) + '\n' for x in self.state.log_history))
     return math.ceil(self.state.global_step / a.num_iterations)
 
-
+# %% ../nbs/08_trainer.ipynb #83b165c6
 @patch_to(GRPOTrainer)
 def restore(self):
     "Go back to the newest checkpoint that is whole, if there are any. Raises `InputError` where it is of another run, or none is whole."
@@ -592,7 +592,7 @@ def one_batch(self, t):
     self.save()
     raise RunFailed(f'evaluation after step {self.state.global_step}, which is saved: {failed}') from failed
 
-
+# %% ../nbs/08_trainer.ipynb #17702b3c
 @patch_to(GRPOTrainer)
 def due(self, every):
     "Tell whether a multiple of `every` steps was reached in this batch, or the last step."
