@@ -9,10 +9,10 @@ demo: $(BIN)/.installed  ## train the shipped policy with GDPO and RVPO, leave r
 	$(BIN)/rvpo demo
 
 test: $(BIN)/.installed-dev  ## run all tests
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 faults: $(BIN)/.installed-dev  ## kill, starve and attack runs, in the long form: up to 20 minutes; writes the log that the chapter on it reads
-	$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist loadgroup --faults-log nbs/logs/faults.jsonl
+	$(BIN)/python -m pytest tests/faults -m faults -n 2 --dist worksteal --faults-log nbs/logs/faults.jsonl
 
 test-verl: .venv-verl/.installed  ## run the tests that need verl, in an environment of their own (no GPU needed; Python 3.11 or 3.12)
 	.venv-verl/bin/python -m pytest tests/verl

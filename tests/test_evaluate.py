@@ -721,7 +721,7 @@ def test_chats_go_through_the_template(tmp_path):
     model, tokenizer = load_model(RUBRIC_POLICY)
     run = lambda name, **settings: evaluate('gpqa', model, config(tmp_path / name, num_prompts=2, max_completion_length=16, **settings),
                                             data=lines_file(tmp_path / 'gpqa.jsonl', rows), processing_class=tokenizer)
-    with pytest.raises(InputError, match='row 0: the chat template cannot render'): run('none')
+    with pytest.raises(InputError, match='row 0: the prompt is a list of chat messages, and the tokenizer has no chat template'): run('none')
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     assert run('chat').loc['accuracy', ['value', 'n', 'missing']].tolist() == [0, 2, 0]
     said = run('system', system_prompt='Advise on: rest').loc['tokens', 'value']

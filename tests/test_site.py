@@ -1,7 +1,9 @@
 """The staged pages are what the site is made of: every page, name, link, picture and equation is looked at without Quarto."""
 import ast
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,9 @@ from pathlib import Path
 import pypandoc
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group('site')  # one process stages the pages, in the folder that the site is built in
 NOTEBOOKS = sorted(p.name for p in (ROOT / 'nbs').glob('*.ipynb'))
 
 
@@ -29,13 +31,23 @@ class Page:
 
 
 @pytest.fixture(scope='module')
-def pages(tmp_path_factory):
-    "Stage the pages, as `make docs` does before it calls Quarto: that runs the import cells and looks up every name that the pages document."
-    script = tmp_path_factory.mktemp('stage') / 'stage.py'
-    script.write_text('from nbdev.serve import proc_nbs\nif __name__ == "__main__": proc_nbs(force=True)\n')
-    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [Page(p) for p in sorted((ROOT / '_proc').glob('*.ipynb'))]
+def site(tmp_path_factory):
+    "Stage the pages, as `make docs` does before it calls Quarto: that runs the import cells and looks up every name that the pages document. Once for all processes that run these tests."
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: root = root.parent
+    project = root / 'site'
+    with FileLock(root / 'site.lock'):
+        if not (project / 'staged').exists():
+            shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns('.*', '_proc', '_docs', 'rvpo-demo', 'runs', '*.egg-info'), symlinks=True)
+            (project / 'stage.py').write_text('from nbdev.serve import proc_nbs\nif __name__ == "__main__": proc_nbs(force=True)\n')
+            done = subprocess.run([sys.executable, 'stage.py'], cwd=project, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (project / 'staged').touch()
+    return project / '_proc'
+
+
+@pytest.fixture(scope='module')
+def pages(site): return [Page(p) for p in sorted(site.glob('*.ipynb'))]
 
 
 def test_every_chapter_is_a_page_with_a_title_of_its_own(pages):
@@ -65,13 +77,13 @@ def test_every_public_name_has_a_docstring_of_a_sentence():
     assert not bad, bad
 
 
-def test_links_between_pages_lead_somewhere(pages):
+def test_links_between_pages_lead_somewhere(pages, site):
     urls, files = {p.url for p in pages}, {p.name for p in pages}
     for p in pages:
         for target in re.findall(r'\]\(([^)\s]+)[^)]*\)', p.text()) + re.findall(r'(?:src|href)="([^"]+)"', p.text()):
             target = target.removeprefix('https://rvpo-nb.github.io/rvpo_nb/').split('#')[0]
             if not target or re.match(r'https?://|mailto:', target): continue
-            assert target in urls | files or (ROOT / '_proc' / target).is_file(), f'{p.name} links to {target}, which is not there'
+            assert target in urls | files or (site / target).is_file(), f'{p.name} links to {target}, which is not there'
 
 
 def test_names_link_to_entries_that_are_there(pages):
@@ -82,10 +94,10 @@ def test_names_link_to_entries_that_are_there(pages):
             assert (url, anchor.split('.')[0]) in there, f'{p.name} links to {url}#{anchor}'
 
 
-def test_pictures_say_in_words_what_they_show(pages):
+def test_pictures_say_in_words_what_they_show(pages, site):
     for p in pages:
         for alt, path in re.findall(r'!\[([^\]]*)\]\(([^)]+)\)', p.text()):
-            assert len(alt) > 40 and (ROOT / '_proc' / path).is_file(), f'{p.name}: {path}'
+            assert len(alt) > 40 and (site / path).is_file(), f'{p.name}: {path}'
         for c in p.code:
             if any('image/png' in o.get('data', {}) for o in c['outputs']):
                 alt = re.search(r'^#\| fig-alt: "(.+)"$', ''.join(c['source']), re.M)
@@ -106,10 +118,10 @@ def test_an_equation_that_does_not_parse_is_noticed():
     with pytest.raises(RuntimeError): pypandoc.convert_text(r'$\frac{1}$', 'html', 'markdown', ['--mathml', '--fail-if-warnings'])
 
 
-def test_the_site_has_what_its_settings_name(pages):
-    settings = yaml.safe_load((ROOT / '_proc' / '_quarto.yml').read_text())
+def test_the_site_has_what_its_settings_name(site):
+    settings = yaml.safe_load((site / '_quarto.yml').read_text())
     html, site = settings['format']['html'], settings['website']
     named = [x for theme in html['theme'].values() for x in theme if x != 'default'] + [html['include-after-body'], site['open-graph']['image'], site['twitter-card']['image'], '404.md']
-    for name in named: assert (ROOT / '_proc' / name).is_file(), name
+    for name in named: assert (site / name).is_file(), name
     assert site['search'] and site['page-navigation'] and set(html['theme']) == {'light', 'dark'}
-    assert 'title:' in (ROOT / '_proc' / '404.md').read_text()
+    assert 'title:' in (site / '404.md').read_text()

@@ -50,4 +50,6 @@ if run.engine == 'trl': settings |= dict(use_cpu=not gpu, logging_steps=1, log_c
 trainer = engine.GRPOTrainer(
     run.model, REWARDS, engine.GRPOConfig(**settings), train_dataset=rows, processing_class=tokenizer)
 trainer.train(resume_from_checkpoint=run.resume)
-if run.engine == 'trl': trainer.save_model()  # the other one has left its model in output_dir
+if run.engine == 'trl':
+    trainer.save_model()  # the other one has left its model in output_dir
+    trainer.accelerator.end_training()  # the processes part before they exit

@@ -121,6 +121,8 @@ def instrument(w):
 
 def serve(w):
     "Answer questions on stdin: run, wait."
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what libraries print is no answer
     import torch
     torch.set_num_threads(1)
     from rvpo_nb import cli
@@ -136,7 +138,7 @@ def serve(w):
             answer = os.fork()
             if not answer: run_child(w, *rest)
         elif kind == 'wait': answer = os.waitstatus_to_exitcode(os.waitpid(rest[0], 0)[1])
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def run_child(w, argv, err, more):

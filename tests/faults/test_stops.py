@@ -23,7 +23,6 @@ from rvpo_nb.softmin import InputError
 from rvpo_nb.task import RUBRIC_POLICY, rubric_prompts, rubric_rewards
 from rvpo_nb.trainer import GRPOTrainer
 
-pytestmark = pytest.mark.xdist_group('stops')  # they share one server and one undisturbed run
 AIMS = dict(s=0.025, r=0.006, a=0.015, w=0.02, l=0.02)  # phase -> about how long it lasts, in seconds
 NAME = Path(RUBRIC_POLICY).name
 
