@@ -120,8 +120,8 @@ def test_an_equation_that_does_not_parse_is_noticed():
 
 def test_the_site_has_what_its_settings_name(site):
     settings = yaml.safe_load((site / '_quarto.yml').read_text())
-    html, site = settings['format']['html'], settings['website']
-    named = [x for theme in html['theme'].values() for x in theme if x != 'default'] + [html['include-after-body'], site['open-graph']['image'], site['twitter-card']['image'], '404.md']
+    html, website = settings['format']['html'], settings['website']
+    named = [x for theme in html['theme'].values() for x in theme if x != 'default'] + [html['include-after-body'], website['open-graph']['image'], website['twitter-card']['image'], '404.md']
     for name in named: assert (site / name).is_file(), name
-    assert site['search'] and site['page-navigation'] and set(html['theme']) == {'light', 'dark'}
+    assert website['search'] and website['page-navigation'] and set(html['theme']) == {'light', 'dark'}
     assert 'title:' in (site / '404.md').read_text()
