@@ -189,7 +189,7 @@ def encode(
     known: int | None = None,  # tokens that the model has embeddings for
 ) -> list[list[int]]:  # token ids of each prompt
     "Tokenise prompts; chat messages go through the tokenizer's chat template. Raises `InputError` naming a bad row."
-    if room < 1: raise InputError(f'max_completion_length leaves no room for a prompt: the model\'s context is {-room} tokens shorter than it')
+    if room < 1: raise InputError(f'max_completion_length leaves no room for a prompt in the model\'s context: lower it by {1 - room} or more')
     out = []
     for row, p in enumerate(prompts):
         if not isinstance(p, (str, list)) or not p: raise InputError(f'row {row}: the prompt must be a non-empty string or list of chat messages, got {p!r:.60}')
@@ -291,5 +291,3 @@ def end_tokens(
     "List the tokens that end a completion: the tokenizer's, and those of the model's generation config, as in TRL."
     more = getattr(model.generation_config, 'eos_token_id', None)
     return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
-
-

@@ -76,7 +76,8 @@ def test_nothing_in_the_readme_is_left_untested():
 
 def test_train_then_audit_then_evaluate_as_the_readme_says(here, capsys, monkeypatch):
     "One after the other, since each works on what the last one left."
-    train = shorter(command('rvpo train'), max_steps=3, max_completion_length=16, save_steps=2)
+    assert '--model rvpo-demo/rvpo-seed0 --max-completion-length 64' in README  # for a model of this size, as here
+    train = shorter(command('rvpo train'), max_steps=3, max_completion_length=64, save_steps=2)
     assert main(train + ['--dry-run']) == 0 and 'correct' in capsys.readouterr().out and not Path('out').exists()
     assert main(train) == 0
     assert {'log.jsonl', 'completions', 'config.json', 'model.safetensors'} <= {p.name for p in Path('out').iterdir()}
