@@ -404,15 +404,17 @@ def say(text: str, file=None):
 def main(argv=None) -> int:
     "Run `rvpo`. Exit codes: 0 done, 1 failed while running, 2 bad input, 3 an audit found what `--fail-on` names, 130 interrupted."
     about = 'Train language models with many rewards without giving one up. Behind any command, --config FILE takes settings from a TOML or YAML file; flags override them.'
+    code = 0
     try:
         command = tyro.cli(Command, prog='rvpo', description=about, args=with_config(sys.argv[1:] if argv is None else argv))
         quiet()
         # Rewards are code that is asked for by name, in the current folder too; a command that needs none runs nothing that lies there.
         if isinstance(command, Train | Compare) or isinstance(command, Evaluate) and command.rewards: sys.path.insert(0, os.getcwd())
         with contextlib.redirect_stdout(sys.stderr): text = command.run()  # what libraries and reward functions print is no result
+        code = getattr(command, 'code', 0)
         say(text)
         sys.stdout.flush()
-        return getattr(command, 'code', 0)
+        return code
     except InputError as e:
         say(f'rvpo: {e}', sys.stderr)
         return 2
@@ -421,7 +423,7 @@ def main(argv=None) -> int:
         return 1
     except BrokenPipeError:  # whoever reads the results has seen enough, as in `rvpo audit out | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return getattr(command, 'code', 0)
+        return code
     except KeyboardInterrupt as e:
         print(f'rvpo: interrupted; {str(e) or "nothing is saved beyond the last checkpoint or batch"}. Go on with the same command; of train, with --resume', file=sys.stderr)
         return 130
