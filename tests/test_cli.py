@@ -118,7 +118,7 @@ def test_train_on_a_users_own_files_and_resume(home):
     (dict(max_steps='0'), ['max_steps', '0']),
     (dict(num_generations='1'), ['num_generations']),
     (dict(max_completion_length='60'), ['row 0', '9 tokens', '1 to 4']),
-    (dict(max_completion_length='99'), ['max_completion_length', '35 tokens shorter']),
+    (dict(max_completion_length='99'), ['max_completion_length', 'lower it by 36']),
     (dict(reward_weights='-1'), ['1 weights for 2 rewards']),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(home, monkeypatch, capsys, changes, words):
